@@ -1,0 +1,131 @@
+"""A problem's shapes and dtypes become frozen launches, without data and without a framework.
+
+A front end describes its arrays as a `Problem`, gets a `Launch`, allocates the launch's outputs and passes arrays by
+the kernel's parameter names; an operand left out is None, which removes its code from the kernel.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ce_kernels import tuning
+
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Rows of logits as a kernel sees them; strides in elements; `total_classes` is V where a row is a slice of it."""
+
+    n_rows: int
+    n_classes: int
+    logits_dtype: str
+    soft_targets: bool
+    logits_stride: int
+    target_stride: int
+    total_classes: int
+
+    @property
+    def compute_dtype(self) -> str:
+        """fp64 for fp64 logits, fp32 for every other dtype."""
+        return "float64" if self.logits_dtype == "float64" else "float32"
+
+    @property
+    def scalars_in_memory(self) -> bool:
+        """Launch parameters hold floats as fp32, so fp64 problems pass their scalars as 0-d arrays."""
+        return self.logits_dtype == "float64"
+
+
+@dataclass(frozen=True)
+class Output:
+    """One array that a kernel writes: its parameter, shape and dtype name."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Launch:
+    """All that is known of a kernel call without data.
+
+    `constants` are the kernel's constexpr parameters; `in_place` means that dlogits overwrites the logits.
+    """
+
+    kernel: str
+    grid: tuple[int]
+    outputs: tuple[Output, ...]
+    constants: tuple[tuple[str, int | bool], ...]
+    in_place: bool
+    num_warps: int
+    num_stages: int
+
+    # Both launchers say it, so that no default can make their numerics differ (Triton 3.10 flips it).
+    enable_fp_fusion = True
+
+
+@lru_cache(maxsize=4096)
+def plan_stats(problem: Problem, *, with_argmax: bool) -> Launch:
+    """The launch that writes loss, lse, s = Σq and (with_argmax) the argmax of every row."""
+    outputs = _row_outputs(problem)
+    if with_argmax:
+        outputs += (Output("predicted_ptr", (problem.n_rows,), "int32"),)
+    return _plan("stats", problem, outputs, {})
+
+
+@lru_cache(maxsize=4096)
+def plan_grad(
+    problem: Problem, *, dloss_stride: int, dlse_stride: int, dtarget_dtype: str | None, in_place: bool
+) -> Launch:
+    """The launch that writes dlogits, and dtarget where a dtype for it is named, from lse, s and upstream gradients."""
+    outputs = _gradient_output(problem, in_place)
+    if dtarget_dtype is not None:
+        outputs += (Output("dtarget_ptr", (problem.n_rows, problem.n_classes), dtarget_dtype),)
+    strides = {"DLOSS_STRIDE": dloss_stride, "DLSE_STRIDE": dlse_stride}
+    return _plan("grad", problem, outputs, strides, in_place=in_place)
+
+
+@lru_cache(maxsize=4096)
+def plan_fused(problem: Problem, *, dloss_stride: int, in_place: bool) -> Launch:
+    """The launch that writes loss, lse, s and dlogits of rows whose upstream gradient is known beforehand."""
+    outputs = _row_outputs(problem) + _gradient_output(problem, in_place)
+    return _plan("fused", problem, outputs, {"DLOSS_STRIDE": dloss_stride}, in_place=in_place)
+
+
+def _row_outputs(problem: Problem) -> tuple[Output, ...]:
+    names = ("loss_ptr", "lse_ptr", "target_sum_ptr")
+    return tuple(Output(name, (problem.n_rows,), problem.compute_dtype) for name in names)
+
+
+def _gradient_output(problem: Problem, in_place: bool) -> tuple[Output, ...]:
+    if in_place:
+        return ()
+    return (Output("dlogits_ptr", (problem.n_rows, problem.n_classes), problem.logits_dtype),)
+
+
+def _plan(
+    kernel: str, problem: Problem, outputs: tuple[Output, ...], strides: dict[str, int], *, in_place: bool = False
+) -> Launch:
+    itemsize = ITEMSIZE[problem.logits_dtype]
+    config = tuning.choose(kernel, problem.n_classes, itemsize)
+    constants = {
+        # Row length and strides are constants: as run-time values they would cost the 16-byte loads under jax-triton.
+        "N_CLASSES": problem.n_classes,
+        "TOTAL_CLASSES": problem.total_classes,
+        "LOGITS_STRIDE": problem.logits_stride,
+        "TARGET_STRIDE": problem.target_stride,
+        **strides,
+        "SOFT_TARGETS": problem.soft_targets,
+        "SCALARS_IN_MEMORY": problem.scalars_in_memory,
+        "BLOCK": config.block,
+    }
+    if kernel != "grad":
+        constants["GROUP"] = 16 // itemsize
+    return Launch(
+        kernel=f"cross_entropy_{kernel}_kernel",
+        grid=(problem.n_rows,),
+        outputs=outputs,
+        constants=tuple(constants.items()),
+        in_place=in_place,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )

@@ -1,0 +1,201 @@
+"""The public functions. The formula they compute stands in `ce_kernels.spec`."""
+
+from numbers import Real
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from ce_kernels import Options
+from ce_kernels.checks import Facts, check_denominator, check_logits, check_target, check_weight
+from ce_kernels.spec import Implementation, Reduction, check_reduction, fail
+from jax_api.launch import choose_implementation
+from jax_api.reference import compute_dtype
+from jax_api.rules import Static, mean_loss, row_losses
+
+
+class RowOutputs(NamedTuple):
+    """Per-row results in the shape of the labels: loss and lse (both differentiable) and the argmax class (int32)."""
+
+    loss: Array
+    lse: Array
+    predicted: Array
+
+
+def cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    weight: ArrayLike | None = None,
+    *,
+    axis: int = -1,
+    ignore_index: int | None = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    denominator: ArrayLike | None = None,
+    implementation: Implementation | None = None,
+) -> Array:
+    r"""Softmax cross-entropy of logits for integer or soft labels, reduced, with z-loss, soft cap and logit scale.
+
+    Per row of logits r, with α = label_smoothing, λ = z_loss, w the class weights (1 when absent), V classes::
+
+        x = logit_scale · r                 with a softcap c:  x = c · tanh(logit_scale · r / c)
+        q = w · ((1 − α) · t + α / V)       t = onehot(labels), or the row of soft labels
+        ℓ = Σ_k q_k · (lse − x_k) + λ · lse²,   lse = log Σ_k exp(x_k)
+
+    `none` returns ℓ; `sum` Σℓ; `mean` Σℓ / Σ w_label over rows that are not ignored (integer labels), Σℓ / rows (soft
+    labels), or Σℓ / denominator.
+
+    Args:
+        logits: any shape, classes along `axis`; float16, bfloat16, float32 or float64.
+        labels: class indices of any integer dtype in the shape of logits without `axis`, or class probabilities in the
+            shape of logits. Gradients flow to logits, to soft labels and to weight.
+        weight: class weights [C], floating point.
+        axis: the class axis.
+        ignore_index: rows with this class index have loss 0 and no gradient. None ignores none.
+        reduction: "none", "mean" or "sum".
+        label_smoothing: α in [0, 1].
+        z_loss: λ ≥ 0, in nats⁻¹: the weight of lse² (PaLM, arXiv:2204.02311).
+        softcap: c > 0, or None (Gemma 2, arXiv:2408.00118). Masked classes (−inf) stay masked.
+        logit_scale: an inverse temperature.
+        denominator: replaces the divisor of `mean`; a number or an array of one element, traced or not.
+        implementation: "triton", "reference" or None to choose by platform when the program is lowered.
+
+    Returns:
+        The loss in nats: float32 (float64 for float64 logits); in labels' shape for `none`, else 0-d. An out-of-range
+        class index makes its row's loss and gradient NaN.
+
+    Raises:
+        TypeError, ValueError: what was passed, what is required, what to write instead.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> logits = jnp.array([[2.0, 0.5, -1.0], [0.1, 0.2, 0.3]])
+        >>> loss, dlogits = jax.value_and_grad(cross_entropy)(logits, jnp.array([0, -100]))
+        >>> round(float(loss), 4)
+        0.2413
+        >>> dlogits[1].tolist()
+        [0.0, 0.0, 0.0]
+
+    Differs from `optax.softmax_cross_entropy_with_integer_labels`, which returns ℓ per row and has none of the options:
+    that is `jax_api.softmax_cross_entropy_with_integer_labels`. Source: the contract in `ce_kernels.spec`.
+    """
+    check_reduction(reduction, denominator)
+    options = Options.checked(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    rows = _rows(logits, labels, weight, axis, options)
+    static = Static(options, choose_implementation(implementation))
+    if reduction == "none":
+        return row_losses(static, rows.logits, rows.target, rows.weight).loss.reshape(rows.shape)
+    divisor = jnp.ones((), compute_dtype(rows.logits)) if reduction == "sum" else _divisor(rows, options, denominator)
+    return mean_loss(static, rows.logits, rows.target, rows.weight, divisor)
+
+
+def cross_entropy_rows(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    weight: ArrayLike | None = None,
+    *,
+    axis: int = -1,
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    implementation: Implementation | None = None,
+) -> RowOutputs:
+    r"""Per-row loss, lse and argmax in one read of the logits: for log-probabilities, z-loss variants, accuracy, analysis.
+
+    loss is ℓ of `cross_entropy` (same arguments); lse = log Σ_k exp(x_k); predicted = argmax_k of the scaled logits, the
+    lowest index among equals. loss and lse are differentiable, together or alone. lse and predicted depend on the logits
+    alone, so they are given for ignored rows too. log p(label) is −loss where no other option is set.
+
+    Returns:
+        RowOutputs(loss, lse, predicted) in labels' shape (its rows): float32 (float64 for float64 logits), int32.
+
+    Raises:
+        TypeError, ValueError: as `cross_entropy`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> logits = jnp.array([[2.0, 0.5, -1.0], [0.1, 0.2, 0.3]])
+        >>> rows = cross_entropy_rows(logits, jnp.array([0, 1]))
+        >>> float((rows.predicted == jnp.array([0, 1])).mean())
+        0.5
+
+    Source: the contract in `ce_kernels.spec`.
+    """
+    options = Options.checked(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    rows = _rows(logits, labels, weight, axis, options)
+    static = Static(options, choose_implementation(implementation), with_argmax=True)
+    out = row_losses(static, rows.logits, rows.target, rows.weight)
+    return RowOutputs(out.loss.reshape(rows.shape), out.lse.reshape(rows.shape), out.predicted.reshape(rows.shape))
+
+
+class _Rows(NamedTuple):
+    """Checked arguments as rows [N, V], and the shape of the rows in the user's arrays."""
+
+    logits: Array
+    target: Array
+    weight: Array | None
+    shape: tuple[int, ...]
+
+
+def _rows(logits: ArrayLike, labels: ArrayLike, weight: ArrayLike | None, axis: int, options: Options) -> _Rows:
+    logits, labels = _array("logits", logits), _array("labels", labels)
+    logits_facts = _facts("logits", logits)
+    axis = check_logits(logits_facts, axis)
+    soft = check_target(logits_facts, _facts("labels", labels), axis, options)
+    n_classes = logits.shape[axis]
+    if weight is not None:
+        weight = _array("weight", weight)
+        check_weight(_facts("weight", weight), n_classes)
+    shape = logits.shape[:axis] + logits.shape[axis + 1 :]
+    return _Rows(
+        _class_rows(logits, axis), _class_rows(labels, axis) if soft else _index_rows(labels), weight, shape
+    )
+
+
+def _index_rows(labels: Array) -> Array:
+    # Narrow and unsigned integers cannot hold a negative ignore_index.
+    return labels.reshape(-1).astype(labels.dtype if labels.dtype in (jnp.int32, jnp.int64) else jnp.int32)
+
+
+def _class_rows(array: Array, axis: int) -> Array:
+    moved = jnp.moveaxis(array, axis, -1)
+    return moved.reshape(-1 if moved.size else int(np.prod(moved.shape[:-1])), moved.shape[-1])
+
+
+def _array(name: str, value: ArrayLike) -> Array:
+    if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
+        fail(TypeError, f"{name} of type {type(value).__name__}", "a JAX or NumPy array", f"jnp.asarray({name})")
+    return jnp.asarray(value)
+
+
+def _facts(name: str, value: Array) -> Facts:
+    return Facts(name, value.shape, value.dtype.name)
+
+
+def _divisor(rows: _Rows, options: Options, denominator: ArrayLike | None) -> Array:
+    """The 0-d divisor of `mean`."""
+    dtype = compute_dtype(rows.logits)
+    if denominator is not None:
+        if not isinstance(denominator, Real):
+            denominator = _array("denominator", denominator)
+            check_denominator(_facts("denominator", denominator))
+        return jnp.asarray(denominator, dtype).reshape(())
+    if jnp.issubdtype(rows.target.dtype, jnp.floating):
+        return jnp.full((), rows.logits.shape[0], dtype)
+    counted = jnp.ones_like(rows.target, bool)
+    if options.ignore_index is not None:
+        counted = rows.target != options.ignore_index
+    mass = jnp.ones((), dtype)
+    if rows.weight is not None:
+        valid = (rows.target >= 0) & (rows.target < rows.logits.shape[-1])
+        # An invalid label makes the mean NaN by its loss; counted as 1, it leaves the other rows' gradients finite.
+        mass = jnp.where(valid, rows.weight.astype(dtype)[jnp.where(valid, rows.target, 0)], 1.0)
+    return jnp.where(counted, mass, 0.0).sum().astype(dtype)

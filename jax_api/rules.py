@@ -1,0 +1,153 @@
+"""Derivatives: custom_vjp over the row operations of `jax_api.launch`.
+
+    row_losses      Stats of rows, for any upstream gradients of loss and lse: statistics, then gradient
+    row_gradients   the backward of row_losses as an operation of its own, so that it can be differentiated again
+    fused_rows      row_losses and row_gradients in one launch
+    mean_loss       Σ loss / denominator with the gradient computed in the forward: the fast path of training
+
+Second derivatives go through the plain operations of `jax_api.reference`, differentiated by JAX.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ce_kernels import Options
+from jax_api import launch, reference
+from jax_api.launch import Stats
+
+
+@dataclass(frozen=True)
+class Static:
+    """What a rule knows at trace time."""
+
+    options: Options
+    implementation: str | None
+    with_argmax: bool = False
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def row_losses(static: Static, logits: Array, target: Array, weight: Array | None) -> Stats:
+    """loss, lse, s and argmax per row; loss and lse differentiable together or alone."""
+    return launch.stats(
+        logits, target, weight, static.options, static.implementation, with_argmax=static.with_argmax
+    )
+
+
+def _row_losses_fwd(static, logits, target, weight):
+    out = row_losses(static, logits, target, weight)
+    return out, (logits, target, weight, out.lse, out.target_sum)
+
+
+def _row_losses_bwd(static, residuals, cotangents):
+    logits, target, weight, lse, target_sum = residuals
+    dloss = cotangents.loss
+    dlogits, dtarget = row_gradients(static, logits, target, weight, lse, target_sum, dloss, cotangents.lse)
+    return dlogits, dtarget, weight_gradient(static, logits, target, weight, dloss)
+
+
+row_losses.defvjp(_row_losses_fwd, _row_losses_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def row_gradients(static, logits, target, weight, lse, target_sum, dloss, dlse):
+    """(dlogits, dtarget) per row; lse and target_sum count as functions of the logits. dtarget is None for labels."""
+    return launch.grad(
+        logits, target, weight, lse, target_sum, dloss, dlse, static.options, static.implementation
+    )
+
+
+def _row_gradients_fwd(static, logits, target, weight, lse, target_sum, dloss, dlse):
+    out = row_gradients(static, logits, target, weight, lse, target_sum, dloss, dlse)
+    return out, (logits, target, weight, dloss, dlse)
+
+
+def _row_gradients_bwd(static, residuals, cotangents):
+    logits, target, weight, dloss, dlse = residuals
+    soft = jnp.issubdtype(target.dtype, jnp.floating)
+
+    def plain(logits, soft_target, weight, dloss, dlse):
+        labels = soft_target if soft else target
+        _, lse, target_sum, _ = reference.stats(logits, labels, weight, static.options, with_argmax=False)
+        return reference.grad(
+            logits, labels, weight, lse, target_sum, dloss, dlse, static.options, with_dtarget=soft
+        )
+
+    _, pull = jax.vjp(plain, logits, target if soft else None, weight, dloss, dlse)
+    dlogits, dtarget, dweight, ddloss, ddlse = pull(cotangents)
+    return dlogits, dtarget, dweight, None, None, ddloss, ddlse
+
+
+row_gradients.defvjp(_row_gradients_fwd, _row_gradients_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def fused_rows(static, logits, target, weight, dloss) -> tuple[Stats, Array]:
+    """Statistics of rows, and dlogits for upstream gradients dloss [N] known beforehand."""
+    return launch.fused(logits, target, weight, dloss, static.options, static.implementation)
+
+
+def _fused_rows_fwd(static, logits, target, weight, dloss):
+    return fused_rows(static, logits, target, weight, dloss), (logits, target, weight, dloss)
+
+
+def _fused_rows_bwd(static, residuals, cotangents):
+    logits, target, weight, dloss = residuals
+    soft = jnp.issubdtype(target.dtype, jnp.floating)
+
+    def unfused(logits, soft_target, weight, dloss):
+        labels = soft_target if soft else target
+        out = row_losses(static, logits, labels, weight)
+        dlogits, _ = row_gradients(static, logits, labels, weight, out.lse, out.target_sum, dloss, None)
+        return out, dlogits
+
+    _, pull = jax.vjp(unfused, logits, target if soft else None, weight, dloss)
+    return pull(cotangents)
+
+
+fused_rows.defvjp(_fused_rows_fwd, _fused_rows_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def mean_loss(static: Static, logits: Array, target: Array, weight: Array | None, denominator: Array) -> Array:
+    """Σ loss / denominator. Without a gradient it is one read of the logits."""
+    return row_losses(static, logits, target, weight).loss.sum() / denominator
+
+
+def _mean_loss_fwd(static, logits, target, weight, denominator):
+    dloss = jnp.broadcast_to(1.0 / denominator, logits.shape[:1])
+    out, dlogits = fused_rows(static, logits, target, weight, dloss)
+    loss = out.loss.sum() / denominator
+    return loss, (dlogits, logits, target, weight, out.lse, out.target_sum, denominator, loss)
+
+
+def _mean_loss_bwd(static, residuals, g):
+    dlogits, logits, target, weight, lse, target_sum, denominator, loss = residuals
+    dloss = jnp.broadcast_to(g / denominator, lse.shape)
+    dtarget = None
+    if jnp.issubdtype(target.dtype, jnp.floating):
+        # Unused unless the soft targets are differentiated, and then removed by XLA.
+        plain = (logits, target, weight, lse, target_sum, dloss, None, static.options)
+        _, dtarget = reference.grad(*plain, with_dtarget=True)
+    dweight = weight_gradient(static, logits, target, weight, dloss)
+    scaled = (dlogits.astype(g.dtype) * g).astype(dlogits.dtype)
+    return scaled, dtarget, dweight, -g * loss / denominator
+
+
+mean_loss.defvjp(_mean_loss_fwd, _mean_loss_bwd)
+
+
+def weight_gradient(static: Static, logits: Array, target: Array, weight: Array | None, dloss: Array) -> Array | None:
+    """dweight by plain operations, which XLA removes where class weights are not differentiated."""
+    if weight is None:
+        return None
+
+    def plain(weight):
+        safe = jnp.where((dloss == 0)[:, None], 0.0, logits)
+        rows = reference.stats(safe, target, weight, static.options, with_argmax=False)[0]
+        return jnp.where(dloss == 0, 0.0, dloss * rows).sum()
+
+    return jax.grad(plain)(weight)

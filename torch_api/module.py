@@ -1,0 +1,88 @@
+"""The module form of `torch_api.cross_entropy`."""
+
+from torch import Tensor, nn
+
+from ce_kernels import Options
+from ce_kernels.spec import Implementation, Reduction, check_implementation, check_reduction
+from torch_api.losses import cross_entropy
+
+
+class CrossEntropyLoss(nn.Module):
+    """`torch_api.cross_entropy` as a module, in place of `torch.nn.CrossEntropyLoss`; same formula, same arguments.
+
+    weight is a buffer: it moves with the module and is part of its state_dict. Options are checked here, arrays at the
+    call. `forward` takes a denominator too, for one that changes from step to step.
+
+    Example:
+        >>> import torch
+        >>> criterion = CrossEntropyLoss(label_smoothing=0.1)
+        >>> criterion
+        CrossEntropyLoss(label_smoothing=0.1)
+        >>> round(criterion(torch.zeros(2, 4), torch.tensor([0, 3])).item(), 4)
+        1.3863
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        denominator: float | None = None,
+        dim: int | None = None,
+        implementation: Implementation | None = None,
+    ) -> None:
+        super().__init__()
+        check_reduction(reduction, denominator)
+        check_implementation(implementation)
+        Options.checked(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+        self.register_buffer("weight", weight)
+        self.ignore_index = ignore_index
+        self.reduction: Reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.z_loss = z_loss
+        self.softcap = softcap
+        self.logit_scale = logit_scale
+        self.denominator = denominator
+        self.dim = dim
+        self.implementation: Implementation | None = implementation
+
+    def forward(self, input: Tensor, target: Tensor, *, denominator: float | Tensor | None = None) -> Tensor:
+        """The loss of logits `input` for `target`; denominator replaces the module's own."""
+        return cross_entropy(
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            denominator=self.denominator if denominator is None else denominator,
+            dim=self.dim,
+            implementation=self.implementation,
+        )
+
+    def extra_repr(self) -> str:
+        """The options that differ from their defaults."""
+        defaults = {
+            "ignore_index": -100,
+            "reduction": "mean",
+            "label_smoothing": 0.0,
+            "z_loss": 0.0,
+            "softcap": None,
+            "logit_scale": 1.0,
+            "denominator": None,
+            "dim": None,
+            "implementation": None,
+        }
+        return ", ".join(
+            f"{name}={getattr(self, name)!r}" for name, default in defaults.items() if getattr(self, name) != default
+        )
