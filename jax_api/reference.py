@@ -36,8 +36,9 @@ def stats(
     lse = m.squeeze(-1) + log_d
     if options.z_loss:
         loss = loss + options.z_loss * lse * lse
-    loss = jnp.where(ignored, 0.0, jnp.where(invalid, jnp.nan, loss))
-    s = jnp.where(ignored, 0.0, jnp.where(invalid, jnp.nan, s))
+    # A factor, so that every derivative of an invalid row is NaN too.
+    poison = jnp.where(invalid, jnp.nan, 1.0)
+    loss, s = jnp.where(ignored, 0.0, loss * poison), jnp.where(ignored, 0.0, s * poison)
     if not with_argmax:
         return loss, jnp.where(ignored, 0.0, lse), s, None
     key = jnp.where(r == -jnp.inf, -jnp.inf, r * options.logit_scale)

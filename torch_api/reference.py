@@ -35,8 +35,9 @@ def stats(
     lse = m.squeeze(-1) + log_d
     if options.z_loss:
         loss = loss + options.z_loss * lse * lse
-    loss = torch.where(ignored, 0.0, torch.where(invalid, torch.nan, loss))
-    s = torch.where(ignored, 0.0, torch.where(invalid, torch.nan, s))
+    # A factor, so that every derivative of an invalid row is NaN too.
+    poison = torch.where(invalid, torch.nan, 1.0)
+    loss, s = torch.where(ignored, 0.0, loss * poison), torch.where(ignored, 0.0, s * poison)
     if not with_argmax:
         return loss, torch.where(ignored, 0.0, lse), s, None
     key = r * options.logit_scale

@@ -1,0 +1,61 @@
+"""Where there is no GPU, the kernels run under Triton's interpreter: its variable must be set before triton's import."""
+
+import os
+
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import settings
+
+jax.config.update("jax_enable_x64", True)
+settings.register_profile("default", deadline=None, derandomize=True, max_examples=25)
+settings.load_profile("default")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--require-gpu", action="store_true", help="fail, instead of skip, tests that need a GPU")
+
+
+def pytest_configure(config):
+    # The interpreter's arithmetic on −inf, NaN and padded lanes is NumPy's, with NumPy's warnings.
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+    config.addinivalue_line("filterwarnings", "ignore:TRITON_DEFAULT_FP_FUSION is unset:UserWarning")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not HAS_GPU:
+        if item.config.getoption("--require-gpu"):
+            pytest.fail("needs a GPU, and none was found")
+        pytest.skip("needs a GPU")
+
+
+@pytest.fixture(autouse=True)
+def nan_filled_outputs(monkeypatch):
+    """Every buffer that a kernel must write starts as NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    from ce_kernels import interpreter
+
+    run = interpreter.run
+
+    def poisoned(launch, arguments):
+        for output in launch.outputs:
+            array = np.asarray(arguments[output.name])
+            array.fill(np.nan if array.dtype.kind != "i" else -(2**31))
+        run(launch, arguments)
+
+    monkeypatch.setattr(interpreter, "run", poisoned)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def rng(request):
+    """A generator seeded by the test's name."""
+    return np.random.default_rng(list(request.node.nodeid.encode()))

@@ -1,0 +1,117 @@
+"""Every case of the table, in every front end and implementation, against the float64 oracle."""
+
+import numpy as np
+import pytest
+
+from tests import oracle
+from tests.cases import CASES, ROUNDOFF, SMALLEST, Arrays, Case, error_constant, make, oracle_options
+from tests.conftest import HAS_GPU
+from tests.frontends import each_frontend
+
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def check_case(frontend, case: Case, reduction: str, denominator: float | None = None) -> None:
+    """Loss, dlogits, dtarget and dweight of one case and reduction within what the arithmetic can produce."""
+    arrays = make(case)
+    options = oracle_options(case, arrays.weight)
+    rng = np.random.default_rng(0)
+    rows = oracle.rows(arrays.logits, arrays.target, options)
+    expected = oracle.reduce(rows, arrays.target, options, reduction, denominator)
+    # A random upstream gradient a row, with a zero; a scalar for the reductions, 1 as in training.
+    each = np.ones(case.n_rows) if reduction == "none" else oracle.upstream(arrays.target, options, reduction, denominator)
+    g = rng.normal(size=case.n_rows) * (np.arange(case.n_rows) != 3) if reduction == "none" else np.ones(())
+    (value,), grads = differentiate(frontend, case, arrays, reduction, denominator, g)
+    compute = "float64" if case.dtype == "float64" else "float32"
+    assert value.dtype == compute
+    assert value.shape == np.shape(expected)
+    bound = loss_bound(arrays, options, rows, compute)
+    with np.errstate(invalid="ignore"):
+        assert_close(value, expected, bound if reduction == "none" else np.sum(np.where(each == 0, 0, each * bound)))
+
+    dloss = g * each
+    check_gradients(frontend, case, arrays, options, dloss, None, grads, compute)
+    if arrays.weight is not None and denominator is None:
+        if reduction == "mean" and not case.soft:
+            dweight = oracle.mean_dweight(arrays.logits, arrays.target, options)
+        else:
+            dweight = oracle.gradients(
+                arrays.logits, arrays.target, options, dloss, None, unit_roundoff_out=0, unit_roundoff=0, c=0
+            ).dweight
+        assert_close(grads[-1], dweight, 64 * ROUNDOFF["float32"] * (1 + np.max(np.abs(dweight), initial=0, where=np.isfinite(dweight))))
+
+
+def differentiate(frontend, case, arrays: Arrays, reduction, denominator, g):
+    """The loss and its gradients by logits, soft targets and weights."""
+    inputs = [arrays.logits]
+    inputs += [arrays.target] if case.soft else []
+    inputs += [] if arrays.weight is None else [arrays.weight]
+    labels = None if case.soft else frontend.array(arrays.target)
+    # Out of range labels raise on the CPU in torch, which is tested elsewhere; under autograd they are NaN.
+    options = {**case.options, "reduction": reduction, "denominator": denominator}
+
+    def function(logits, *rest):
+        rest = list(rest)
+        target = rest.pop(0) if case.soft else labels
+        weight = rest.pop(0) if rest else None
+        return (frontend.api.cross_entropy(logits, target, weight, implementation=frontend.implementation, **options),)
+
+    return frontend.differentiate(function, (g,), *inputs)
+
+
+def loss_bound(arrays, options, rows, compute) -> np.ndarray:
+    """What rounding may add to each row's loss: of x and lse, as large as the logits, and of the loss itself."""
+    c = error_constant(arrays.logits, options)
+    return ROUNDOFF[compute] * (c * (np.abs(rows.target_sum) + np.abs(rows.loss)) + 16 * options.z_loss * rows.lse**2)
+
+
+def check_gradients(frontend, case, arrays, options, dloss, dlse, grads, compute) -> None:
+    # The interpreter truncates to bf16 where hardware rounds: twice the error.
+    truncates = frontend.implementation == "triton" and not HAS_GPU and case.dtype == "bfloat16"
+    out = ROUNDOFF[case.dtype] * (2 if truncates else 1)
+    c = error_constant(arrays.logits, options)
+    expected = oracle.gradients(
+        arrays.logits,
+        arrays.target,
+        options,
+        dloss,
+        dlse,
+        unit_roundoff_out=out,
+        unit_roundoff=ROUNDOFF[compute],
+        c=c,
+    )
+    assert grads[0].dtype == arrays.logits.dtype
+    # Below the smallest normal number everything may round to 0.
+    floor = SMALLEST[case.dtype] * (1 + np.abs(dloss).max(initial=0))
+    assert_close(grads[0], expected.dlogits, expected.dlogits_bound + floor)
+    if case.soft:
+        assert grads[1].dtype == arrays.target.dtype
+        bound = out * np.abs(expected.dtarget) + 4 * c * ROUNDOFF[compute] * np.abs(dloss)[:, None]
+        assert_close(grads[1], expected.dtarget, bound)
+
+
+def assert_close(actual, expected, bound) -> None:
+    """|actual − expected| ≤ bound element by element; NaN and infinities must agree."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    same = (actual == expected) | (np.isnan(actual) & np.isnan(expected))
+    with np.errstate(invalid="ignore"):
+        wrong = ~(same | (np.abs(actual - expected) <= bound))
+    if wrong.any():
+        bound = np.broadcast_to(bound, expected.shape)
+        where = np.argwhere(wrong)[0]
+        at = tuple(where)
+        raise AssertionError(
+            f"{wrong.sum()} of {wrong.size} beyond the bound, first at {at}: "
+            f"{actual[at]} for {expected[at]}, bound {bound[at]}"
+        )
+
+
+@each_case
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@each_frontend
+def test_loss_and_gradients(frontend, reduction, case):
+    if case.labels == "invalid" and frontend.device == "cpu" and frontend.api.__name__ == "torch_api":
+        with pytest.raises(IndexError, match=r"got label -1 in target; required: labels in \[0, 40\)"):
+            check_case(frontend, case, reduction)
+        return
+    check_case(frontend, case, reduction)

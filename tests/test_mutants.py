@@ -1,0 +1,133 @@
+"""The suite must kill broken kernels: each mutant is one edit of the source, and at least one case must notice it."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ce_kernels
+from ce_kernels import kernels
+from tests.cases import CASES
+from tests.conftest import HAS_GPU
+from tests.frontends import Jax, Torch
+from tests.test_contract import check_case
+from torch_api import losses, rules
+
+KERNEL_MUTANTS = {
+    "zero_off_target": (
+        "dx = a * tl.exp(x - lse) - dloss * q",
+        "dx = tl.where(cols == label_column, a * tl.exp(x - lse) - dloss * q, 0.0)",
+    ),
+    "off_target_1_percent_large": (
+        "dx = a * tl.exp(x - lse) - dloss * q",
+        "dx = tl.where(cols == label_column, 1.0, 1.01) * a * tl.exp(x - lse) - dloss * q",
+    ),
+    "smoothing_missing_in_gradient": (
+        'q = tl.where(x == float("-inf"), 0.0, q)',
+        "q = tl.where(cols == label_column, label_mass, 0.0)",
+    ),
+    "smoothing_over_one_class_less": (
+        "label_smoothing / TOTAL_CLASSES",
+        "label_smoothing / (TOTAL_CLASSES - 1)",
+    ),
+    "z_loss_missing_in_gradient": ("a = a + 2.0 * z_loss * lse", "a = a + 0.0 * z_loss"),
+    "z_loss_missing_in_loss": ("loss += z_loss * lse * lse", "loss += 0.0 * z_loss"),
+    "padded_lanes_counted": (
+        'r = tl.load(logits_row_ptr + cols, mask=mask, other=float("-inf"), eviction_policy=EVICTION).to(DTYPE)',
+        "r = tl.load(logits_row_ptr + cols, mask=mask, other=0.0, eviction_policy=EVICTION).to(DTYPE)",
+    ),
+    "last_column_dropped_from_statistics": (
+        "for start in tl.range(0, n_read, BLOCK):\n        cols = start + tl.arange(0, BLOCK)\n"
+        "        mask = cols < N_CLASSES",
+        "for start in tl.range(0, n_read, BLOCK):\n        cols = start + tl.arange(0, BLOCK)\n"
+        "        mask = cols < N_CLASSES - 1",
+    ),
+    "last_column_dropped_from_gradient": (
+        'tl.store(dlogits_row_ptr + cols, dlogits, mask=mask, cache_modifier=".cs")',
+        'tl.store(dlogits_row_ptr + cols, dlogits, mask=cols < N_CLASSES - 1, cache_modifier=".cs")',
+    ),
+    "class_weight_ignored_for_label": ("mass = mass * tl.load(weight_ptr + safe).to(DTYPE)", "mass = mass * 1.0"),
+    "class_weight_ignored_for_spread": (
+        "q = q * tl.load(weight_ptr + cols, mask=mask, other=0.0).to(DTYPE)",
+        "q = q * 1.0",
+    ),
+    "first_row_scales_every_row": ("dloss_ptr + row * DLOSS_STRIDE", "dloss_ptr + 0 * row"),
+    "masked_group_poisons": ('shift = tl.where(m_new == float("-inf"), 0.0, m_new)', "shift = m_new"),
+    "invalid_label_gives_zero": ("tl.where(invalid, float(\"nan\"), loss)", "tl.where(invalid, 0.0, loss)"),
+    "softcap_slope_missing": ("slope = slope * (4.0 * e / ((1.0 + e) * (1.0 + e)))", "slope = slope * 1.0"),
+    "running_sum_not_rescaled": ("d = d * tl.exp(m - shift) + ", "d = d + "),
+    "scale_slope_missing": ("slope = slope * logit_scale", "slope = slope * 1.0"),
+    "dtarget_smoothing_missing": (
+        "mass = mass * (1.0 - label_smoothing)\n                if",
+        "mass = mass * 1.0\n                if",
+    ),
+    "ignored_rows_counted": (
+        "loss = tl.where(ignored, 0.0, tl.where(invalid",
+        "loss = tl.where(ignored, 1.0, tl.where(invalid",
+    ),
+}
+
+RULE_MUTANTS = {
+    "second_backward_doubled": ("torch.is_grad_enabled() or ctx.spent", "torch.is_grad_enabled()"),
+}
+
+DEVICE = "cuda" if HAS_GPU else "cpu"
+BY_NAME = {case.name: case for case in CASES}
+# Each kills at least one mutant. Labels out of range are NaN on every device only in JAX.
+KILLERS = [
+    (Torch("triton", DEVICE), BY_NAME[name])
+    for name in ("classes_1025", "all_options", "weight", "smoothing", "z_loss", "masked_tile", "soft_all_options")
+] + [(Jax("triton", DEVICE), BY_NAME["invalid_labels"])]
+
+
+def load_mutant(module, old: str, new: str, tmp_path, monkeypatch):
+    """module's source with one edit, imported under its own name's suffix."""
+    source = Path(module.__file__).read_text()
+    assert old in source, f"the mutant's text is no longer in {module.__name__}: {old}"
+    path = tmp_path / f"{module.__name__.rpartition('.')[2]}.py"
+    path.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location(f"mutant_{path.stem}", path)
+    mutant = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, mutant)
+    spec.loader.exec_module(mutant)
+    return mutant
+
+
+def survives(frontend, case) -> bool:
+    try:
+        for reduction in ("none", "mean"):
+            check_case(frontend, case, reduction)
+    except AssertionError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", KERNEL_MUTANTS)
+def test_kernel_mutant_is_killed(name, tmp_path, monkeypatch):
+    mutant = load_mutant(kernels, *KERNEL_MUTANTS[name], tmp_path, monkeypatch)
+    monkeypatch.setattr(ce_kernels, "kernels", mutant)
+    assert not all(survives(frontend, case) for frontend, case in KILLERS), f"mutant {name} survives"
+
+
+def test_unmutated_kernels_survive(tmp_path, monkeypatch):
+    copy = load_mutant(kernels, "import triton\n", "import triton\n", tmp_path, monkeypatch)
+    monkeypatch.setattr(ce_kernels, "kernels", copy)
+    assert all(survives(frontend, case) for frontend, case in KILLERS)
+
+
+def second_backward_is_exact() -> bool:
+    logits = torch.linspace(-2, 2, 40, device=DEVICE).reshape(4, 10).requires_grad_()
+    labels = torch.arange(4, device=DEVICE)
+    loss = losses.cross_entropy(logits, labels, implementation="triton") * 3.0
+    first, second = (torch.autograd.grad(loss, logits, retain_graph=True)[0].clone() for _ in range(2))
+    return torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", RULE_MUTANTS)
+def test_rule_mutant_is_killed(name, tmp_path, monkeypatch):
+    mutant = load_mutant(rules, *RULE_MUTANTS[name], tmp_path, monkeypatch)
+    assert second_backward_is_exact()
+    monkeypatch.setattr(losses, "FusedLoss", mutant.FusedLoss)
+    assert not second_backward_is_exact(), f"mutant {name} survives"
