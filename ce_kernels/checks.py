@@ -21,7 +21,7 @@ class Facts(NamedTuple):
 
 
 def check_logits(logits: Facts, axis: int) -> int:
-    """The class axis counted from 0. Raises TypeError for non-float logits, ValueError for a bad rank, axis or V = 0."""
+    """The class axis counted from 0. TypeError for non-float logits, ValueError for a bad rank or axis, or no class."""
     if logits.dtype not in FLOATS:
         fail(TypeError, str(logits), f"floating point {logits.name}: {', '.join(FLOATS)}", f"{logits.name} as float32")
     rank = len(logits.shape)
@@ -71,7 +71,9 @@ def check_weight(weight: Facts, n_classes: int) -> None:
     if weight.dtype not in FLOATS:
         fail(TypeError, str(weight), "floating point class weights", f"{weight.name} as float32")
     if weight.shape != (n_classes,):
-        fail(ValueError, str(weight), f"one weight a class: shape [{n_classes}]", f"{weight.name} of that shape, or None")
+        fail(
+            ValueError, str(weight), f"one weight a class: shape [{n_classes}]", f"{weight.name} of that shape, or None"
+        )
 
 
 def check_denominator(denominator: Facts) -> None:

@@ -211,8 +211,9 @@ def _store_gradient(
     BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """dlogits_k = slope_k·(a·p_k − b·q_k), a = dloss·(s + 2λ·lse) + dlse, b = dloss; dtarget_k = b·(1−α)·w_k·(lse − x_k).
+    """dlogits_k = slope_k·(a·p_k − b·q_k) with a = dloss·(s + 2λ·lse) + dlse, b = dloss.
 
+    dtarget_k = b·(1−α)·w_k·(lse − x_k).
     A row without upstream gradient is not read; its gradient is 0 whatever it holds. So is that of a masked class.
     """
     SPREAD: tl.constexpr = SOFT_TARGETS or label_smoothing is not None
@@ -282,7 +283,7 @@ def _statistics_phase(
     GROUP: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Writes a row's loss, lse, s and argmax; returns what its gradient needs: label column and its mass, lse, s, ignored."""
+    """Writes a row's loss, lse, s and argmax; returns what its gradient needs: label column, mass, lse, s, ignored."""
     WITH_ARGMAX: tl.constexpr = predicted_ptr is not None
     column, mass, label_x, ignored, invalid = _row_target(
         row, logits_row_ptr, target_ptr, weight_ptr, vocab_start_ptr, ignore_index, label_smoothing, logit_scale,

@@ -11,12 +11,13 @@ Per row of raw logits r over V classes, in fp32 (fp64 for fp64 logits)::
     ∂ℓ/∂t_k = (1 − α) · w_k · (lse − x_k)                soft targets
     ∂ℓ/∂w_k = ((1 − α) · t_k + α / V) · (lse − x_k)
 
-w are class weights (1 when absent), α is `label_smoothing`, λ is `z_loss`. Rows whose label is `ignore_index` have ℓ = 0
-and no gradient. A logit of −inf is a masked class: it stays −inf under scale and softcap, p = 0 there, and with q = 0 it adds
-nothing to ℓ. A label outside [0, V) that is not `ignore_index` makes its own row's loss and gradient NaN.
+w are class weights (1 when absent), α is `label_smoothing`, λ is `z_loss`. Rows whose label is `ignore_index` have
+ℓ = 0 and no gradient. A logit of −inf is a masked class: it stays −inf under scale and softcap, p and the gradient are
+0 there, and with q = 0 it adds nothing to ℓ. A label outside [0, V) that is not `ignore_index` makes its own row's loss
+and gradient NaN.
 
-Reductions: `none` is ℓ per row; `sum` is Σℓ; `mean` is Σℓ / Σ w_label over rows that are not ignored (hard labels), Σℓ / number of
-rows (soft targets), or Σℓ / `denominator` where one is given.
+Reductions: `none` is ℓ per row; `sum` is Σℓ; `mean` is Σℓ / Σ w_label over rows that are not ignored (hard labels),
+Σℓ / number of rows (soft targets), or Σℓ / `denominator` where one is given.
 """
 
 import math
@@ -38,7 +39,7 @@ def fail(kind: type[Exception], passed: str, required: str, write: str) -> NoRet
 
 @dataclass(frozen=True)
 class Options:
-    """The options that act on a row, as checked by `Options.checked`. Hashable, so that launches and traces can be cached.
+    """The options that act on a row, as checked by `Options.checked`. Hashable: launches and traces are cached by it.
 
     ignore_index None ignores no label.
     """

@@ -14,12 +14,17 @@ import sys
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from examples.common import initial_weights
 from examples.text import load_text
+
+# Rounding differs between the frameworks: measured over 150 steps on two CPU cores, any two curves stay within 9.1e-6
+# nats, about ten units in the last place of a float32 loss. Ten times that leaves room for other processors. A loss
+# that divides by all positions instead of those with a label is 0.5 off in the first step.
+TOLERANCE = 1e-4
 
 RUNS = {
     "Flax, ours": ("examples.train_jax", "ours"),
@@ -70,17 +75,15 @@ def table(curves: np.ndarray, rows: int = 12) -> str:
 
 
 def draw(curves: np.ndarray, tolerance: float, path: str) -> None:
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     steps = np.arange(1, curves.shape[1] + 1)
-    figure, (top, bottom) = pyplot.subplots(2, sharex=True, figsize=(8, 7), height_ratios=(2, 1), layout="constrained")
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    top, bottom = figure.subplots(2, sharex=True, height_ratios=(2, 1))
     # Curves that agree hide one another: each is drawn thinner than the one below it.
     for name, curve, width in zip(RUNS, curves, (9, 6, 3, 1), strict=True):
         top.plot(steps, curve, linewidth=width, label=name)
     top.set_ylabel("loss [nats per token]")
     top.legend()
-    bottom.semilogy(steps, np.maximum(differences(curves), 1e-9), color="black", label="largest difference of any two")
+    bottom.semilogy(steps, np.maximum(differences(curves), 1e-7), color="black", label="largest difference of any two")
     bottom.axhline(tolerance, color="red", linestyle="--", label=f"tolerance {tolerance:g}")
     bottom.set(xlabel="step", ylabel="difference [nats]")
     bottom.legend()
@@ -91,7 +94,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--out", default="demo.png", help="where the picture goes (default: %(default)s)")
-    parser.add_argument("--tolerance", type=float, default=1e-3, help="in nats (default: %(default)s)")
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="in nats (default: %(default)s)")
     options = parser.parse_args()
 
     weights, batches = initial_weights(), load_text().batches(options.steps)

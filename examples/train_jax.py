@@ -11,17 +11,17 @@ from flax import nnx
 from jax import Array
 from tqdm import tqdm
 
-from examples.common import HEADS, IGNORE, LAYERS, LEARNING_RATE, NORM_EPSILON, TIME, VOCAB, WIDTH, initial_weights
+from examples.common import EPSILON, HEADS, IGNORE, LAYERS, LEARNING_RATE, TIME, VOCAB, WIDTH, initial_weights
 from examples.text import load_text
 from jax_api import cross_entropy
 
 
 class Block(nnx.Module):
     def __init__(self, rngs: nnx.Rngs) -> None:
-        self.norm1 = nnx.RMSNorm(WIDTH, epsilon=NORM_EPSILON, rngs=rngs)
+        self.norm1 = nnx.RMSNorm(WIDTH, epsilon=EPSILON, rngs=rngs)
         self.qkv = nnx.Linear(WIDTH, 3 * WIDTH, use_bias=False, rngs=rngs)
         self.out = nnx.Linear(WIDTH, WIDTH, use_bias=False, rngs=rngs)
-        self.norm2 = nnx.RMSNorm(WIDTH, epsilon=NORM_EPSILON, rngs=rngs)
+        self.norm2 = nnx.RMSNorm(WIDTH, epsilon=EPSILON, rngs=rngs)
         self.up = nnx.Linear(WIDTH, 4 * WIDTH, use_bias=False, rngs=rngs)
         self.down = nnx.Linear(4 * WIDTH, WIDTH, use_bias=False, rngs=rngs)
 
@@ -38,7 +38,7 @@ class Decoder(nnx.Module):
         self.token_embedding = nnx.Embed(VOCAB, WIDTH, rngs=rngs)
         self.position_embedding = nnx.Embed(TIME, WIDTH, rngs=rngs)
         self.blocks = nnx.List(Block(rngs) for _ in range(LAYERS))
-        self.norm = nnx.RMSNorm(WIDTH, epsilon=NORM_EPSILON, rngs=rngs)
+        self.norm = nnx.RMSNorm(WIDTH, epsilon=EPSILON, rngs=rngs)
         self.head = nnx.Linear(WIDTH, VOCAB, use_bias=False, rngs=rngs)
 
     def __call__(self, tokens: Array) -> Array:  # [batch, time] -> [batch, time, vocab]
@@ -52,9 +52,8 @@ def load_model(weights: dict[str, np.ndarray]) -> Decoder:
     model = Decoder(nnx.Rngs(0))
     modules = {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
     for name, array in weights.items():
-        module = modules[name]
-        matrix = module.embedding if isinstance(module, nnx.Embed) else module.kernel
-        matrix.set_value(jnp.asarray(array))
+        parameter = "embedding" if isinstance(modules[name], nnx.Embed) else "kernel"
+        getattr(modules[name], parameter).set_value(jnp.asarray(array))
     return model
 
 

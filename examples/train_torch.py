@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from examples.common import HEADS, LAYERS, LEARNING_RATE, NORM_EPSILON, TIME, VOCAB, WIDTH, initial_weights
+from examples.common import EPSILON, HEADS, LAYERS, LEARNING_RATE, TIME, VOCAB, WIDTH, initial_weights
 from examples.text import load_text
 from torch_api import cross_entropy
 
@@ -17,10 +17,10 @@ from torch_api import cross_entropy
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.norm1 = nn.RMSNorm(WIDTH, eps=NORM_EPSILON)
+        self.norm1 = nn.RMSNorm(WIDTH, eps=EPSILON)
         self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
         self.out = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.norm2 = nn.RMSNorm(WIDTH, eps=NORM_EPSILON)
+        self.norm2 = nn.RMSNorm(WIDTH, eps=EPSILON)
         self.up = nn.Linear(WIDTH, 4 * WIDTH, bias=False)
         self.down = nn.Linear(4 * WIDTH, WIDTH, bias=False)
 
@@ -38,7 +38,7 @@ class Decoder(nn.Module):
         self.token_embedding = nn.Embedding(VOCAB, WIDTH)
         self.position_embedding = nn.Embedding(TIME, WIDTH)
         self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
-        self.norm = nn.RMSNorm(WIDTH, eps=NORM_EPSILON)
+        self.norm = nn.RMSNorm(WIDTH, eps=EPSILON)
         self.head = nn.Linear(WIDTH, VOCAB, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:  # [batch, time] -> [batch, time, vocab]
@@ -52,9 +52,8 @@ def load_model(weights: dict[str, np.ndarray]) -> Decoder:
     model = Decoder()
     with torch.no_grad():
         for name, array in weights.items():
-            module = model.get_submodule(name)
-            matrix = torch.from_numpy(array)
-            module.weight.copy_(matrix.T if isinstance(module, nn.Linear) else matrix)
+            linear = isinstance(model.get_submodule(name), nn.Linear)  # which keeps [output, input]
+            model.get_parameter(f"{name}.weight").copy_(torch.from_numpy(array.T if linear else array))
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

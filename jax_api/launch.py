@@ -257,7 +257,9 @@ def _interpret(launch: Launch, arguments: dict, shapes: dict[str, jax.ShapeDtype
 
     def callback(_, outputs, *inputs):
         # Outputs last: where the launch is in place, the one of "logits_ptr" holds the logits already.
-        interpreter.run(launch, scalars | dict(zip(arrays, inputs, strict=True)) | dict(zip(shapes, outputs, strict=True)))
+        interpreter.run(
+            launch, scalars | dict(zip(arrays, inputs, strict=True)) | dict(zip(shapes, outputs, strict=True))
+        )
 
     aliases = {list(arrays).index("logits_ptr"): len(shapes) - 1} if launch.in_place else None
     out = buffer_callback(callback, list(shapes.values()), input_output_aliases=aliases)(*arrays.values())

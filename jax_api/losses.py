@@ -108,11 +108,11 @@ def cross_entropy_rows(
     logit_scale: float = 1.0,
     implementation: Implementation | None = None,
 ) -> RowOutputs:
-    r"""Per-row loss, lse and argmax in one read of the logits: for log-probabilities, z-loss variants, accuracy, analysis.
+    r"""Per-row loss, lse and argmax in one read of the logits: log-probabilities, z-loss variants, accuracy, analysis.
 
-    loss is ℓ of `cross_entropy` (same arguments); lse = log Σ_k exp(x_k); predicted = argmax_k of the scaled logits, the
-    lowest index among equals. loss and lse are differentiable, together or alone. lse and predicted depend on the logits
-    alone, so they are given for ignored rows too. log p(label) is −loss where no other option is set.
+    loss is ℓ of `cross_entropy` (same arguments); lse = log Σ_k exp(x_k); predicted = argmax_k of the scaled logits,
+    the lowest index among equals. loss and lse are differentiable, together or alone. lse and predicted depend on the
+    logits alone, so they are given for ignored rows too. log p(label) is −loss where no other option is set.
 
     Returns:
         RowOutputs(loss, lse, predicted) in labels' shape (its rows): float32 (float64 for float64 logits), int32.
@@ -155,9 +155,7 @@ def _rows(logits: ArrayLike, labels: ArrayLike, weight: ArrayLike | None, axis: 
         weight = _array("weight", weight)
         check_weight(_facts("weight", weight), n_classes)
     shape = logits.shape[:axis] + logits.shape[axis + 1 :]
-    return _Rows(
-        _class_rows(logits, axis), _class_rows(labels, axis) if soft else _index_rows(labels), weight, shape
-    )
+    return _Rows(_class_rows(logits, axis), _class_rows(labels, axis) if soft else _index_rows(labels), weight, shape)
 
 
 def _index_rows(labels: Array) -> Array:

@@ -32,7 +32,7 @@ def stats(
     # Against the row's maximum, so that a confident row keeps its small loss; no 0·∞ at masked classes.
     distance = m - jnp.where((x == -jnp.inf) & (q == 0), m, x)
     s = q.sum(-1)
-    loss = (q * distance).sum(-1) + jnp.where(s != 0, s * log_d, 0.0)
+    loss = (q * distance).sum(-1) + s * jnp.where((s == 0) & (log_d == -jnp.inf), 0.0, log_d)
     lse = m.squeeze(-1) + log_d
     if options.z_loss:
         loss = loss + options.z_loss * lse * lse

@@ -32,9 +32,7 @@ class Static:
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def row_losses(static: Static, logits: Array, target: Array, weight: Array | None) -> Stats:
     """loss, lse, s and argmax per row; loss and lse differentiable together or alone."""
-    return launch.stats(
-        logits, target, weight, static.options, static.implementation, with_argmax=static.with_argmax
-    )
+    return launch.stats(logits, target, weight, static.options, static.implementation, with_argmax=static.with_argmax)
 
 
 def _row_losses_fwd(static, logits, target, weight):
@@ -55,9 +53,7 @@ row_losses.defvjp(_row_losses_fwd, _row_losses_bwd)
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def row_gradients(static, logits, target, weight, lse, target_sum, dloss, dlse):
     """(dlogits, dtarget) per row; lse and target_sum count as functions of the logits. dtarget is None for labels."""
-    return launch.grad(
-        logits, target, weight, lse, target_sum, dloss, dlse, static.options, static.implementation
-    )
+    return launch.grad(logits, target, weight, lse, target_sum, dloss, dlse, static.options, static.implementation)
 
 
 def _row_gradients_fwd(static, logits, target, weight, lse, target_sum, dloss, dlse):
@@ -71,10 +67,9 @@ def _row_gradients_bwd(static, residuals, cotangents):
 
     def plain(logits, soft_target, weight, dloss, dlse):
         labels = soft_target if soft else target
-        _, lse, target_sum, _ = reference.stats(logits, labels, weight, static.options, with_argmax=False)
-        return reference.grad(
-            logits, labels, weight, lse, target_sum, dloss, dlse, static.options, with_dtarget=soft
-        )
+        # Ignored rows have an lse only where one was asked for.
+        _, lse, target_sum, _ = reference.stats(logits, labels, weight, static.options, static.with_argmax)
+        return reference.grad(logits, labels, weight, lse, target_sum, dloss, dlse, static.options, with_dtarget=soft)
 
     _, pull = jax.vjp(plain, logits, target if soft else None, weight, dloss, dlse)
     dlogits, dtarget, dweight, ddloss, ddlse = pull(cotangents)

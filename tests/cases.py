@@ -5,15 +5,13 @@ from dataclasses import dataclass, field
 import ml_dtypes
 import numpy as np
 
+from benchmarks.shapes import GEMMA, GPT2, LLAMA2, LLAMA3, QWEN
 from tests import oracle
 
 NUMPY = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float64": np.float64}
 # Unit roundoff: half the distance from 1 to the next number.
 ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
 SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-1022}
-
-# Vocabularies of models people train; the benchmarks use them too.
-GPT2, LLAMA2, LLAMA3, QWEN, GEMMA = 50257, 32000, 128256, 151936, 262144
 
 
 @dataclass(frozen=True)

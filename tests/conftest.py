@@ -1,4 +1,4 @@
-"""Where there is no GPU, the kernels run under Triton's interpreter: its variable must be set before triton's import."""
+"""Without a GPU the kernels run under Triton's interpreter, whose variable must be set before triton's import."""
 
 import os
 
@@ -8,13 +8,13 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
-import jax
-import numpy as np
-import pytest
-from hypothesis import settings
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)
-settings.register_profile("default", deadline=None, derandomize=True, max_examples=25)
+settings.register_profile("default", deadline=None, derandomize=True, max_examples=15)
 settings.load_profile("default")
 
 

@@ -45,7 +45,7 @@ class Torch:
         return x.numpy()
 
     def differentiate(self, function, upstream, *inputs: np.ndarray) -> tuple[list, list]:
-        """function's outputs (a tuple) and the gradients of Σ upstream·outputs by every input; None cotangents allowed."""
+        """function's outputs (a tuple) and the gradients of Σ upstream·outputs by every input; None for no upstream."""
         leaves = [self.array(x).requires_grad_() for x in inputs]
         # Not leaves: the usual logits are an operation's output.
         outputs = function(*(leaf * 1 for leaf in leaves))

@@ -55,7 +55,7 @@ KERNEL_MUTANTS = {
     ),
     "first_row_scales_every_row": ("dloss_ptr + row * DLOSS_STRIDE", "dloss_ptr + 0 * row"),
     "masked_group_poisons": ('shift = tl.where(m_new == float("-inf"), 0.0, m_new)', "shift = m_new"),
-    "invalid_label_gives_zero": ("tl.where(invalid, float(\"nan\"), loss)", "tl.where(invalid, 0.0, loss)"),
+    "invalid_label_gives_zero": ('tl.where(invalid, float("nan"), loss)', "tl.where(invalid, 0.0, loss)"),
     "softcap_slope_missing": ("slope = slope * (4.0 * e / ((1.0 + e) * (1.0 + e)))", "slope = slope * 1.0"),
     "running_sum_not_rescaled": ("d = d * tl.exp(m - shift) + ", "d = d + "),
     "scale_slope_missing": ("slope = slope * logit_scale", "slope = slope * 1.0"),

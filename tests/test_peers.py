@@ -109,9 +109,7 @@ def test_labels_out_of_range_make_their_row_nan(rng, label, implementation):
     logits, labels = jnp.asarray(rng.normal(size=(4, 130))), jnp.array([3, label, 0, 129])
 
     def loss(x):
-        return jax_api.cross_entropy(
-            x, labels, ignore_index=None, reduction="none", implementation=implementation
-        )
+        return jax_api.cross_entropy(x, labels, ignore_index=None, reduction="none", implementation=implementation)
 
     value, pull = jax.vjp(loss, logits)
     (dlogits,) = pull(jnp.ones(4))
@@ -249,7 +247,9 @@ def test_expanded_upstream_gradient(torch_api, rng):
     logits, labels = logits_and_labels(torch_api, rng)
     leaf = logits.requires_grad_()
     cross_entropy(leaf, labels, reduction="none", implementation=torch_api.implementation).sum().backward()
-    torch.testing.assert_close(leaf.grad.double(), expected_gradient(logits, labels, reduction="sum"), rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(
+        leaf.grad.double(), expected_gradient(logits, labels, reduction="sum"), rtol=1e-5, atol=1e-8
+    )
 
 
 @each_torch
@@ -283,7 +283,11 @@ def test_rows_left_out_by_where_may_hold_anything(rng, implementation):
 def test_optax_by_name(rng, dtype, where):
     logits = jnp.asarray(rng.normal(size=(4, 3, 20)), dtype)
     labels, soft = jnp.asarray(rng.integers(0, 20, (4, 3))), jax.nn.softmax(jnp.asarray(rng.normal(size=(4, 3, 20))))
-    mask = {"none": None, "rows": jnp.asarray(rng.random((4, 3)) < 0.5), "classes": jnp.asarray(rng.random((4, 3, 20)) < 0.7)}
+    mask = {
+        "none": None,
+        "rows": jnp.asarray(rng.random((4, 3)) < 0.5),
+        "classes": jnp.asarray(rng.random((4, 3, 20)) < 0.7),
+    }
     for name, target in (("softmax_cross_entropy_with_integer_labels", labels), ("softmax_cross_entropy", soft)):
 
         def both(api, cast, name=name, target=target):
@@ -293,7 +297,10 @@ def test_optax_by_name(rng, dtype, where):
         (ours, dours), (theirs, dtheirs) = both(jax_api, dtype), both(optax, jnp.float64)
         np.testing.assert_allclose(ours, theirs, rtol=1e-5)
         np.testing.assert_allclose(
-            np.asarray(dours, np.float64), np.asarray(dtheirs, np.float64), rtol=1e-2 if dtype == jnp.bfloat16 else 1e-4, atol=1e-6
+            np.asarray(dours, np.float64),
+            np.asarray(dtheirs, np.float64),
+            rtol=1e-2 if dtype == jnp.bfloat16 else 1e-4,
+            atol=1e-6,
         )
 
 

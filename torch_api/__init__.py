@@ -1,4 +1,11 @@
-"""Softmax cross-entropy for PyTorch: `torch.nn.functional.cross_entropy`'s names and shapes over ce-kernels' Triton kernels."""
+"""Softmax cross-entropy for PyTorch, over ce-kernels' Triton kernels: `torch.nn.functional.cross_entropy`'s names."""
+
+from importlib.util import find_spec
+
+from ce_kernels.spec import fail
+
+if find_spec("torch") is None:
+    fail(ImportError, "torch_api without torch", "torch", "pip install 'ce-kernels[torch]'")
 
 from torch_api.losses import RowOutputs as RowOutputs
 from torch_api.losses import cross_entropy as cross_entropy

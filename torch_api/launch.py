@@ -107,7 +107,7 @@ def fused(
 
 
 def scaled(values: Tensor, scale: Tensor, implementation: str) -> Tensor:
-    """values · scale for a 0-d scalar, in the buffer of values under Triton, where a scale of 1 costs no pass and no sync."""
+    """values · scale for a 0-d scalar; under Triton in the buffer of values, where a scale of 1 costs no pass."""
     if implementation == "reference":
         return (values * scale).to(values.dtype)
     from ce_kernels.kernels import scale_kernel

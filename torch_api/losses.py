@@ -70,8 +70,8 @@ def cross_entropy(
         implementation: "triton", "reference" or None to choose by device.
 
     Returns:
-        The loss in nats: float32 (float64 for float64 input); in target's shape for `none`, else 0-d. Out-of-range class
-        indices raise on the CPU; on a device they make their row's loss and gradient NaN.
+        The loss in nats: float32 (float64 for float64 input); in target's shape for `none`, else 0-d. Out-of-range
+        class indices raise on the CPU; on a device they make their row's loss and gradient NaN.
 
     Raises:
         TypeError, ValueError: what was passed, what is required, what to write instead.
@@ -121,11 +121,11 @@ def cross_entropy_rows(
     dim: int | None = None,
     implementation: Implementation | None = None,
 ) -> RowOutputs:
-    r"""Per-row loss, lse and argmax in one read of the logits: for log-probabilities, z-loss variants, accuracy, analysis.
+    r"""Per-row loss, lse and argmax in one read of the logits: log-probabilities, z-loss variants, accuracy, analysis.
 
-    loss is ℓ of `cross_entropy` (same arguments); lse = log Σ_k exp(x_k); predicted = argmax_k of the scaled logits, the
-    lowest index among equals. loss and lse are differentiable, together or alone. lse and predicted depend on the logits
-    alone, so they are given for ignored rows too. log p(target) is −loss where no other option is set.
+    loss is ℓ of `cross_entropy` (same arguments); lse = log Σ_k exp(x_k); predicted = argmax_k of the scaled logits,
+    the lowest index among equals. loss and lse are differentiable, together or alone. lse and predicted depend on the
+    logits alone, so they are given for ignored rows too. log p(target) is −loss where no other option is set.
 
     Returns:
         RowOutputs(loss, lse, predicted) in target's shape (its rows): float32 (float64 for float64 input), int64.

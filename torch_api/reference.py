@@ -1,8 +1,10 @@
 """The contract in plain PyTorch operations: the implementation on CPUs, and the rule of second derivatives.
 
-`stats` and `grad` mirror the kernels: rows [N, V], row vectors [N], the formula of `ce_kernels.spec`. Both are
-differentiable by autograd. Hard labels are soft targets t = onehot(label).
+`stats` and `grad` mirror the kernels: rows [N, V], row vectors [N], the formula of `ce_kernels.spec`, with q split into
+a hard label's own mass and the mass that is spread over all classes. Both are differentiable by autograd.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,27 +23,29 @@ def stats(
     """loss, lse, s = Σq and (with_argmax) argmax per row; lse of ignored rows is 0 unless with_argmax."""
     r = logits.to(compute_dtype(logits))
     x, _ = _transform(r, options)
-    t, ignored, invalid = _targets(target, x, options)
-    if not with_argmax:
-        x = torch.where(ignored[:, None], 0.0, x)
-    q = _mass(t, weight, options)
     m = x.detach().amax(-1, keepdim=True)
     m = torch.where(m == -torch.inf, 0.0, m)
-    log_d = (x - m).exp().sum(-1).log()
+    log_d = (x - m).exp_().sum(-1).log()
+    m = m.squeeze(-1)
+    label, spread = _targets(x, target, weight, options)
     # Against the row's maximum, so that a confident row keeps its small loss; no 0·∞ at masked classes.
-    distance = m - torch.where((x == -torch.inf) & (q == 0), m, x)
-    s = q.sum(-1)
-    loss = (q * distance).sum(-1) + torch.where(s != 0, s * log_d, 0.0)
-    lse = m.squeeze(-1) + log_d
+    s = label.mass
+    loss = s * (m - torch.where((label.x == -torch.inf) & (s == 0), m, label.x))
+    if spread is not None:
+        q = spread.expand_as(x)
+        s = s + q.sum(-1)
+        loss = loss + (q * (m[:, None] - torch.where((x == -torch.inf) & (q == 0), m[:, None], x))).sum(-1)
+    loss = loss + s * torch.where((s == 0) & (log_d == -torch.inf), 0.0, log_d)
+    lse = m + log_d
     if options.z_loss:
         loss = loss + options.z_loss * lse * lse
     # A factor, so that every derivative of an invalid row is NaN too.
-    poison = torch.where(invalid, torch.nan, 1.0)
-    loss, s = torch.where(ignored, 0.0, loss * poison), torch.where(ignored, 0.0, s * poison)
+    poison = torch.where(label.invalid, torch.nan, 1.0)
+    loss, s = torch.where(label.ignored, 0.0, loss * poison), torch.where(label.ignored, 0.0, s * poison)
     if not with_argmax:
-        return loss, torch.where(ignored, 0.0, lse), s, None
-    key = r * options.logit_scale
-    return loss, lse, s, torch.where(r == -torch.inf, -torch.inf, key).argmax(-1).to(torch.int32)
+        return loss, torch.where(label.ignored, 0.0, lse), s, None
+    key = torch.where(r == -torch.inf, -torch.inf, r * options.logit_scale)
+    return loss, lse, s, key.argmax(-1).to(torch.int32)
 
 
 def grad(
@@ -56,28 +60,78 @@ def grad(
     with_dtarget: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """dlogits = slope·(a·p − b·q), and (with_dtarget) dtarget = b·(1−α)·w·(lse − x), each in its input's dtype."""
-    r = logits.to(lse.dtype)
-    x, slope = _transform(r, options)
-    t, ignored, _ = _targets(target, x, options)
-    b = torch.where(ignored, 0.0, dloss)
+    x, slope = _transform(logits.to(lse.dtype), options)
+    label, spread = _targets(x, target, weight, options)
+    b = torch.where(label.ignored, 0.0, dloss)
     a = torch.where(b == 0, 0.0, b * (target_sum + 2.0 * options.z_loss * lse))
     if dlse is not None:
         a = a + dlse
-    # A row without upstream gradient has none, whatever it holds.
-    skip = (a == 0) & (b == 0)
-    x = torch.where(skip[:, None], 0.0, x)
-    safe_lse = torch.where(skip, 0.0, lse)[:, None]
-    q = torch.where(x == -torch.inf, 0.0, _mass(t, weight, options))
-    dlogits = a[:, None] * (x - safe_lse).exp() - b[:, None] * q
+    dlogits = a[:, None] * (x - lse[:, None]).exp_()
+    # No gradient at masked classes, not even for their mass in q.
+    mass = torch.where(label.x == -torch.inf, 0.0, b * label.mass)
+    dlogits = dlogits.scatter_add_(-1, label.column[:, None], -mass[:, None])
+    if spread is not None:
+        dlogits = dlogits - torch.where(x == -torch.inf, 0.0, b[:, None] * spread)
     if slope is not None:
-        dlogits = dlogits * torch.where(skip[:, None], 0.0, slope)
+        dlogits = dlogits * slope
+    # A row without upstream gradient has none, whatever it holds.
+    skip = ((a == 0) & (b == 0))[:, None]
+    dlogits = dlogits.masked_fill_(skip, 0.0)
     if not with_dtarget:
         return dlogits.to(logits.dtype), None
     coefficient = b[:, None] * (1.0 - options.label_smoothing)
     if weight is not None:
         coefficient = coefficient * weight.to(x.dtype)
-    dtarget = coefficient * torch.where(coefficient == 0, 0.0, safe_lse - x)
+    dtarget = coefficient * torch.where(coefficient == 0, 0.0, lse[:, None] - x)
     return dlogits.to(logits.dtype), dtarget.to(target.dtype)
+
+
+def without_dead_rows(logits: Tensor, target: Tensor, dloss: Tensor, dlse: Tensor | None, options: Options) -> Tensor:
+    """logits with 0 in rows that have no upstream gradient: what they hold may be NaN, and 0·NaN is NaN."""
+    dead = dloss == 0
+    if not target.is_floating_point() and options.ignore_index is not None:
+        dead = dead | (target == options.ignore_index)
+    if dlse is not None:
+        dead = dead & (dlse == 0)
+    return torch.where(dead[:, None], 0.0, logits)
+
+
+class _Label(NamedTuple):
+    """Of each row's hard label: its column, its x, its own mass in q; whether it is ignored, whether it is invalid."""
+
+    column: Tensor
+    x: Tensor
+    mass: Tensor
+    ignored: Tensor
+    invalid: Tensor
+
+
+def _targets(x: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> tuple[_Label, Tensor | None]:
+    """q in two parts: the labels' own mass, (1−α)·w_label, and what is spread: w·((1−α)·t + α/V), None for none."""
+    n_classes = x.shape[-1]
+    keep, uniform = 1.0 - options.label_smoothing, options.label_smoothing / n_classes
+    w = None if weight is None else weight.to(x.dtype)
+    if target.is_floating_point():
+        no = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        zero = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+        spread = keep * target.to(x.dtype) + uniform
+        return _Label(zero.long(), zero, zero, no, no), spread if w is None else spread * w
+    index = target.long()
+    valid = (index >= 0) & (index < n_classes)
+    ignored = index == options.ignore_index if options.ignore_index is not None else torch.zeros_like(valid)
+    column = torch.where(valid, index, 0)
+    mass = keep * valid.to(x.dtype)
+    label = _Label(
+        column,
+        x.gather(-1, column[:, None]).squeeze(-1),
+        mass if w is None else mass * w[column],
+        ignored,
+        ~valid & ~ignored,
+    )
+    if not options.label_smoothing:
+        return label, None
+    spread = torch.full((1, n_classes), uniform, dtype=x.dtype, device=x.device)
+    return label, spread if w is None else spread * w
 
 
 def _transform(r: Tensor, options: Options) -> tuple[Tensor, Tensor | None]:
@@ -94,23 +148,3 @@ def _transform(r: Tensor, options: Options) -> tuple[Tensor, Tensor | None]:
         slope = slope * (4.0 * e / (1.0 + e) ** 2)
         x = options.softcap * y.tanh()
     return torch.where(masked, -torch.inf, x), torch.where(masked, 0.0, slope)
-
-
-def _targets(target: Tensor, x: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """The target distribution t [N, V] and per row whether its label is ignored, and whether it is invalid."""
-    if target.is_floating_point():
-        no = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        return target.to(x.dtype), no, no
-    label = target.long()
-    valid = (label >= 0) & (label < x.shape[-1])
-    ignored = label == options.ignore_index if options.ignore_index is not None else torch.zeros_like(valid)
-    index = torch.where(valid, label, 0)[:, None]
-    return torch.zeros_like(x).scatter(-1, index, valid[:, None].to(x.dtype)), ignored, ~valid & ~ignored
-
-
-def _mass(t: Tensor, weight: Tensor | None, options: Options) -> Tensor:
-    """q = w·((1−α)·t + α/V)."""
-    q = t
-    if options.label_smoothing:
-        q = (1.0 - options.label_smoothing) * q + options.label_smoothing / t.shape[-1]
-    return q if weight is None else q * weight.to(t.dtype)

@@ -61,7 +61,9 @@ class RowGradients(Function):
     @staticmethod
     def backward(ctx, ddlogits, ddtarget):
         def plain(logits, target, weight, dloss, dlse):
-            _, lse, target_sum, _ = reference.stats(logits, target, weight, ctx.options, with_argmax=False)
+            logits = reference.without_dead_rows(logits, target, dloss, dlse, ctx.options)
+            # Ignored rows have an lse only where one was asked for.
+            _, lse, target_sum, _ = reference.stats(logits, target, weight, ctx.options, with_argmax=dlse is not None)
             return reference.grad(
                 logits, target, weight, lse, target_sum, dloss, dlse, ctx.options, with_dtarget=ctx.with_dtarget
             )
@@ -101,7 +103,7 @@ class FusedLoss(Function):
 def _weight_gradient(logits, target, weight, dloss, options: Options) -> Tensor:
     # Plain operations: class weights that are trained are rare, and their gradient reduces over rows, not classes.
     def plain(logits, target, weight, dloss):
-        logits = torch.where((dloss == 0)[:, None], 0.0, logits)
+        logits = reference.without_dead_rows(logits, target, dloss, None, options)
         rows = reference.stats(logits, target, weight, options, with_argmax=False)[0]
         return (torch.where(dloss == 0, 0.0, dloss * rows).sum(),)
 

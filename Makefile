@@ -1,0 +1,39 @@
+# Both main targets do all their own set-up: `make demo` trains, `make test` tests.
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell for p in python3 python3.12 python3.13; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
+
+.PHONY: demo test test-gpu lint benchmark clean
+
+demo: $(VENV)/ready
+	$(BIN)/python -m examples.demo
+
+test: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -n 2
+
+# On a machine with a GPU: a test that needs one fails where there is none.
+test-gpu: $(VENV)/ready
+	$(BIN)/python -m pytest --require-gpu
+
+benchmark: $(VENV)/ready
+	$(BIN)/python -m benchmarks run
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV)
+
+# jax-cuda13-plugin without its CUDA libraries (20 MB): lowering for CUDA needs it, on machines without a GPU too.
+$(VENV)/ready: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.12 or newer is needed: make PYTHON=/path/to/python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[jax,torch,examples,test,dev]"
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt jax-cuda13-plugin
+	touch $@

@@ -1,0 +1,56 @@
+"""Compiles every kernel for every dtype and GPU generation, without a GPU, and prints how many were compiled."""
+
+import json
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ce_kernels import Options, Problem, kernels, plan_fused, plan_grad, plan_stats
+
+POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "float64": "*fp64", "int32": "*i32"}
+count = 0
+
+
+def compile_launch(launch, problem, options, target, capability, weighted, loss_types):
+    global count
+    kernel = getattr(kernels, launch.kernel)
+    compute = POINTERS[problem.compute_dtype]
+    types = {"logits_ptr": POINTERS[problem.logits_dtype], "target_ptr": target, **loss_types}
+    types |= {output.name: POINTERS[output.dtype] for output in launch.outputs}
+    types |= {"weight_ptr": "*fp32"} if weighted else {}
+    for name, value in options.scalars().items():
+        if value is not None:
+            types[name] = "i32" if name == "ignore_index" else compute if problem.scalars_in_memory else "fp32"
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    constants = {name: dict(launch.constants).get(name) for name, kind in signature.items() if kind == "constexpr"}
+    attrs = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, attrs),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+    )
+    assert compiled.asm["cubin"]
+    count += 1
+
+
+plain = Options()
+every = Options(label_smoothing=0.1, z_loss=1e-3, softcap=30.0, logit_scale=0.5)
+for dtype in ("float16", "bfloat16", "float32", "float64"):
+    for capability in (80, 90, 100):
+        for options, soft in ((plain, False), (every, False), (every, True)):
+            n = 32000
+            problem = Problem(8, n, dtype, soft, n, n if soft else 1, n)
+            target, weighted = (POINTERS[dtype] if soft else "*i64"), options is every
+            compute = POINTERS[problem.compute_dtype]
+            rows = {"lse_ptr": compute, "target_sum_ptr": compute, "dloss_ptr": compute, "dlse_ptr": compute}
+            grad = plan_grad(
+                problem, dloss_stride=1, dlse_stride=1, dtarget_dtype=dtype if soft else None, in_place=False
+            )
+            for launch, extra in (
+                (plan_stats(problem, with_argmax=weighted), {}),
+                (grad, rows),
+                (plan_fused(problem, dloss_stride=0, in_place=weighted), {"dloss_ptr": compute}),
+            ):
+                compile_launch(launch, problem, options, target, capability, weighted, extra)
+print(json.dumps({"compiled": count}))

@@ -1,0 +1,153 @@
+"""JAX transforms over the public functions, on the plain operations and on the kernels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_api import cross_entropy, cross_entropy_rows
+from tests.cases import ALL
+
+each_implementation = pytest.mark.parametrize("implementation", ["reference", "triton", None])
+
+
+@pytest.fixture
+def batch(rng):
+    """Three problems of 4 rows × 37 classes: logits, labels with ignored ones, soft targets, class weights."""
+    labels = jnp.asarray(rng.integers(0, 37, (3, 4))).at[1, 2].set(-100)
+    soft = jax.nn.softmax(jnp.asarray(rng.normal(size=(3, 4, 37))))
+    return jnp.asarray(rng.normal(size=(3, 4, 37))), labels, soft, jnp.asarray(rng.random((3, 37)) + 0.5)
+
+
+def plain_loss(x, y, w, reduction="mean"):
+    """The contract with ALL options, written out once more in the plainest JAX."""
+    x = ALL["softcap"] * jnp.tanh(ALL["logit_scale"] * x / ALL["softcap"])
+    t = jax.nn.one_hot(y, x.shape[-1]) if y.ndim < x.ndim else y
+    q = w * ((1 - ALL["label_smoothing"]) * t + ALL["label_smoothing"] / x.shape[-1])
+    lse = jax.nn.logsumexp(x, -1)
+    rows = (q * (lse[..., None] - x)).sum(-1) + ALL["z_loss"] * lse**2
+    if y.ndim == x.ndim:
+        return rows if reduction == "none" else rows.mean()
+    rows = jnp.where(y == -100, 0.0, rows)
+    return rows if reduction == "none" else rows.sum() / jnp.where(y == -100, 0.0, w[y]).sum()
+
+
+def ours(implementation, reduction="mean"):
+    return lambda x, y, w: cross_entropy(x, y, w, reduction=reduction, implementation=implementation, **ALL)
+
+
+def close(a, b):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13), a, b)
+
+
+@each_implementation
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_jit_grad_and_value_and_grad(batch, implementation, reduction):
+    x, y, soft, w = (array[0] for array in batch)
+    for target, argnums in ((y, (0, 2)), (soft, (0, 1, 2))):
+
+        def total(function, target=target, argnums=argnums):
+            return jax.value_and_grad(lambda *a: jnp.sin(function(*a)).sum(), argnums)(x, target, w)
+
+        expected = total(lambda x, y, w: plain_loss(x, y, w, reduction))
+        close(total(ours(implementation, reduction)), expected)
+        close(total(jax.jit(ours(implementation, reduction))), expected)
+        with jax.disable_jit():
+            close(total(ours("reference", reduction)), expected)
+
+
+@each_implementation
+@pytest.mark.parametrize("in_axes", [(0, 0, None), (0, None, None), (None, 0, None), (0, 0, 0), (None, None, 0)])
+def test_vmap(batch, implementation, in_axes):
+    x, y, soft, w = batch
+    for target in (y, soft):
+        args = [a if axis == 0 else a[0] for a, axis in zip((x, target, w), in_axes, strict=True)]
+        close(jax.vmap(ours(implementation), in_axes)(*args), jax.vmap(plain_loss, in_axes)(*args))
+        gradient = jax.vmap(jax.grad(ours(implementation)), in_axes)(*args)
+        close(gradient, jax.vmap(jax.grad(plain_loss), in_axes)(*args))
+        of_sum = jax.grad(lambda x: jax.vmap(ours(implementation), in_axes)(x, *args[1:]).sum())(args[0])  # noqa: B023
+        close(of_sum, jax.grad(lambda x: jax.vmap(plain_loss, in_axes)(x, *args[1:]).sum())(args[0]))  # noqa: B023
+
+
+@each_implementation
+def test_nested_vmap(batch, implementation):
+    x, y, _, w = batch
+    nested = lambda f: jax.vmap(jax.vmap(jax.grad(f), (0, None, None)), (None, 0, None))(x, y, w[0])  # noqa: E731
+    close(nested(ours(implementation)), nested(plain_loss))
+
+
+def test_vmap_is_one_launch(batch):
+    x, y, _, w = batch
+    program = jax.make_jaxpr(jax.vmap(jax.grad(lambda x, y: cross_entropy(x, y, w[0], implementation="triton"))))(x, y)
+    assert str(program).count("buffer_callback[") + str(program).count("triton_kernel_call[") == 1
+    assert "scan" not in str(program)
+
+
+@each_implementation
+def test_jacrev(batch, implementation):
+    x, y, _, w = (array[0] for array in batch)
+    close(jax.jacrev(ours(implementation, "none"))(x, y, w), jax.jacrev(lambda *a: plain_loss(*a, "none"))(x, y, w))
+
+
+@each_implementation
+def test_scan_cond_and_map(batch, implementation):
+    x, y, _, w = batch
+
+    def loops(loss):
+        def step(carry, xy):
+            value, grad = jax.value_and_grad(loss)(*xy, w[0])
+            return carry + grad, jax.lax.cond(value > 0, lambda x: loss(x, xy[1], w[0]), lambda x: 0.0, xy[0])
+
+        scanned = jax.lax.scan(step, jnp.zeros_like(x[0]), (x, y))
+        return scanned, jax.lax.map(lambda xy: loss(*xy, w[0]), (x, y), batch_size=2)
+
+    close(jax.jit(lambda: loops(ours(implementation)))(), jax.jit(lambda: loops(plain_loss))())
+
+
+@each_implementation
+def test_remat(batch, implementation):
+    x, y, _, w = (array[0] for array in batch)
+    policy = jax.checkpoint_policies.nothing_saveable
+    for wrap in (jax.checkpoint, lambda f: jax.checkpoint(f, policy=policy)):
+        loss = wrap(lambda x: ours(implementation)(jnp.sin(x), y, w))
+        close(jax.jit(jax.grad(loss))(x), jax.grad(lambda x: plain_loss(jnp.sin(x), y, w))(x))
+
+
+@each_implementation
+def test_hessian_vector_product(batch, implementation):
+    x, y, _, w = (array[0] for array in batch)
+
+    def product(loss):
+        return jax.grad(lambda x: jnp.vdot(jax.grad(loss)(x, y, w), jnp.cos(x)))(x)
+
+    close(product(ours(implementation)), product(plain_loss))
+
+
+@each_implementation
+def test_rows_transform_too(batch, implementation):
+    x, y, _, w = batch
+    rows = jax.vmap(lambda x, y: cross_entropy_rows(x, y, w[0], implementation=implementation, **ALL))(x, y)
+    assert rows.predicted.dtype == jnp.int32
+    close(rows.loss, jax.vmap(lambda x, y: plain_loss(x, y, w[0], "none"))(x, y))
+    assert rows.predicted.tolist() == x.argmax(-1).tolist()
+
+
+def test_traced_denominator_is_differentiated(batch):
+    x, y, _, _ = (array[0] for array in batch)
+    derivative = jax.jit(jax.grad(lambda d: cross_entropy(x, y, denominator=d)))(4.0)
+    assert float(derivative) == pytest.approx(-float(cross_entropy(x, y, reduction="sum")) / 16)
+
+
+def test_forward_mode_says_that_it_is_impossible(batch):
+    x, y, _, _ = (array[0] for array in batch)
+    with pytest.raises(TypeError, match="can't apply forward-mode autodiff"):
+        jax.jvp(lambda x: cross_entropy(x, y), (x,), (x,))
+
+
+def test_eval_shape_and_dtypes():
+    for dtype in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64):
+        x = jax.ShapeDtypeStruct((2, 3, 5), dtype)
+        y = jax.ShapeDtypeStruct((2, 3), jnp.int32)
+        loss, grad = jax.eval_shape(jax.value_and_grad(cross_entropy), x, y)
+        assert loss.dtype == (jnp.float64 if dtype == jnp.float64 else jnp.float32)
+        assert (grad.shape, grad.dtype) == (x.shape, dtype)
