@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import torch_api
 from benchmarks.shapes import SHAPES, Shape
-from benchmarks.timing import check, cuda_ms, jax_ms
+from benchmarks.timing import cuda_ms, jax_ms, mistake
 
 CHECKED_ROWS = 64
 
@@ -51,9 +51,20 @@ def read_ms(logits: torch.Tensor) -> float:
     from benchmarks.ceiling import read_kernel
 
     block = 16384
-    words = logits.view(torch.int32).flatten()
+    words = logits.flatten().view(torch.int32)
     out = torch.empty(words.numel() // block, dtype=torch.int32, device="cuda")
     return cuda_ms(lambda: read_kernel[(len(out),)](words, out, BLOCK=block, num_warps=16))
+
+
+def refused(name: str, loss: torch.Tensor, gradient: torch.Tensor, right: tuple) -> bool:
+    """Whether a contender's result is too wrong to be timed; raises if it is ours."""
+    # One unit in the last place of bf16; eager PyTorch rounds log-probabilities to bf16, and exponentiates those.
+    wrong = mistake(loss, gradient, right, rtol=0.1 if name == "torch" else 2.0**-7)
+    if wrong and name.startswith("ce-kernels"):
+        raise AssertionError(f"{name}: {wrong}")
+    if wrong:
+        print(f"{name} is wrong and not timed: {wrong}", flush=True)
+    return bool(wrong)
 
 
 def time_torch(logits: torch.Tensor, labels: torch.Tensor, right: tuple) -> dict:
@@ -67,7 +78,8 @@ def time_torch(logits: torch.Tensor, labels: torch.Tensor, right: tuple) -> dict
             return value, torch.autograd.grad(value, leaf)[0]
 
         value, gradient = step()
-        check(name, value.item(), gradient, right)
+        if refused(name, value, gradient, right):
+            continue
         del gradient
         times[name] = {"train": cuda_ms(step)}
         if name == "Liger":
@@ -97,7 +109,8 @@ def time_jax(logits: torch.Tensor, labels: torch.Tensor, right: tuple) -> dict:
     for name, loss in {"ce-kernels JAX": jax_api.cross_entropy, "Optax": optax_mean}.items():
         step = jax.jit(jax.value_and_grad(loss), donate_argnums=0)
         value, gradient = step(x + 0, y)
-        check(name, float(value), torch.from_dlpack(gradient), right)
+        if refused(name, torch.from_dlpack(value), torch.from_dlpack(gradient), right):
+            continue
         del gradient
         times[name] = {"train": jax_ms(lambda x, step=step: step(x, y)[0], [x + 0 for _ in range(9)])}
         forward = jax.jit(loss)

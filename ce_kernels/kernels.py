@@ -412,7 +412,7 @@ def cross_entropy_fused_kernel(
     target_ptr,
     weight_ptr,
     vocab_start_ptr,
-    dloss_ptr,
+    denominator_ptr,
     ignore_index,
     label_smoothing,
     z_loss,
@@ -426,13 +426,13 @@ def cross_entropy_fused_kernel(
     TOTAL_CLASSES: tl.constexpr,
     LOGITS_STRIDE: tl.constexpr,
     TARGET_STRIDE: tl.constexpr,
-    DLOSS_STRIDE: tl.constexpr,
+    DENOMINATOR_STRIDE: tl.constexpr,
     SOFT_TARGETS: tl.constexpr,
     SCALARS_IN_MEMORY: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One program: statistics, then gradient of one row whose upstream gradient dloss is known beforehand.
+    """One program: statistics, then gradient of one row whose upstream gradient, 1 / denominator, is known beforehand.
 
     Bytes: the logits read once from memory and once more, from L2 while few enough rows are in flight; one write.
     Algorithm: the two phases above in one launch. With dlogits_ptr None the gradient overwrites the logits.
@@ -450,9 +450,11 @@ def cross_entropy_fused_kernel(
         scale, cap, loss_ptr, lse_ptr, target_sum_ptr, None,
         "evict_last", N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, BLOCK, GROUP, DTYPE,
     )  # fmt: skip
+    denominator = tl.load(denominator_ptr + row * DENOMINATOR_STRIDE).to(DTYPE)
+    dloss = tl.where(ignored, 0.0, 1.0 / denominator)
     _store_gradient(
         logits_row_ptr, target_row_ptr, weight_ptr, column, mass, lse, s,
-        tl.where(ignored, 0.0, tl.load(dloss_ptr + row * DLOSS_STRIDE).to(DTYPE)), None, alpha, z_weight, scale, cap,
+        dloss, None, alpha, z_weight, scale, cap,
         logits_row_ptr if dlogits_ptr is None else dlogits_ptr + row * N_CLASSES, None,
         N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, BLOCK, DTYPE,
     )  # fmt: skip
@@ -460,9 +462,11 @@ def cross_entropy_fused_kernel(
 
 @triton.jit
 def scale_kernel(values_ptr, scale_ptr, n, BLOCK: tl.constexpr):
-    """Multiplies BLOCK values a program by one device scalar, in place; touches nothing where the scalar is 1."""
+    """Multiplies n values in place by one device scalar; a scalar of 1 costs only the launch."""
     scale = tl.load(scale_ptr)
     if scale != 1:
-        cols = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        values = tl.load(values_ptr + cols, mask=cols < n).to(scale.dtype)
-        tl.store(values_ptr + cols, (values * scale).to(values_ptr.dtype.element_ty), mask=cols < n)
+        first = tl.program_id(0).to(tl.int64) * BLOCK
+        for start in tl.range(first, n, tl.num_programs(0).to(tl.int64) * BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            values = tl.load(values_ptr + cols, mask=cols < n).to(scale.dtype)
+            tl.store(values_ptr + cols, (values * scale).to(values_ptr.dtype.element_ty), mask=cols < n)

@@ -85,10 +85,10 @@ def plan_grad(
 
 
 @lru_cache(maxsize=4096)
-def plan_fused(problem: Problem, *, dloss_stride: int, in_place: bool) -> Launch:
-    """The launch that writes loss, lse, s and dlogits of rows whose upstream gradient is known beforehand."""
+def plan_fused(problem: Problem, *, denominator_stride: int, in_place: bool) -> Launch:
+    """The launch that writes loss, lse, s and dlogits of rows whose upstream gradient is 1 / denominator."""
     outputs = _row_outputs(problem) + _gradient_output(problem, in_place)
-    return _plan("fused", problem, outputs, {"DLOSS_STRIDE": dloss_stride}, in_place=in_place)
+    return _plan("fused", problem, outputs, {"DENOMINATOR_STRIDE": denominator_stride}, in_place=in_place)
 
 
 def _row_outputs(problem: Problem) -> tuple[Output, ...]:

@@ -137,22 +137,24 @@ def grad(
 
 
 def fused(
-    logits: Array, target: Array, weight: Array | None, dloss: Array, options: Options, implementation: str | None
+    logits: Array, target: Array, weight: Array | None, denominator: Array, options: Options, implementation: str | None
 ) -> tuple[Stats, Array]:
-    """Statistics and dlogits of rows whose upstream gradients dloss [N] are known beforehand."""
+    """Statistics, and dlogits of Σ loss / denominator, given for every row: denominator [N]."""
 
-    def kernel(logits, target, dloss, weight):
-        launch = plan_fused(_problem(logits, target), dloss_stride=1, in_place=True)
-        operands = {"target_ptr": target, "weight_ptr": weight, "dloss_ptr": dloss}
+    def kernel(logits, target, denominator, weight):
+        launch = plan_fused(_problem(logits, target), denominator_stride=1, in_place=True)
+        operands = {"target_ptr": target, "weight_ptr": weight, "denominator_ptr": denominator}
         out = _run(launch, options, logits, operands)
         return Stats(out["loss_ptr"], out["lse_ptr"], out["target_sum_ptr"], None), out["logits_ptr"]
 
-    def plain(logits, target, dloss, weight):
+    def plain(logits, target, denominator, weight):
         out = Stats(*reference.stats(logits, target, weight, options, False))
-        dlogits, _ = reference.grad(logits, target, weight, out.lse, out.target_sum, dloss, None, options, False)
+        dlogits, _ = reference.grad(
+            logits, target, weight, out.lse, out.target_sum, 1.0 / denominator, None, options, False
+        )
         return out, dlogits
 
-    return _dispatch(kernel, plain, implementation, logits, target, dloss, weight=weight)
+    return _dispatch(kernel, plain, implementation, logits, target, denominator, weight=weight)
 
 
 def _dispatch(kernel: Callable, plain: Callable, implementation: str | None, *rows: Array, weight: Array | None):

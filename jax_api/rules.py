@@ -80,26 +80,26 @@ row_gradients.defvjp(_row_gradients_fwd, _row_gradients_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def fused_rows(static, logits, target, weight, dloss) -> tuple[Stats, Array]:
-    """Statistics of rows, and dlogits for upstream gradients dloss [N] known beforehand."""
-    return launch.fused(logits, target, weight, dloss, static.options, static.implementation)
+def fused_rows(static, logits, target, weight, denominator) -> tuple[Stats, Array]:
+    """Statistics of rows, and dlogits of Σ loss / denominator, given for every row: denominator [N]."""
+    return launch.fused(logits, target, weight, denominator, static.options, static.implementation)
 
 
-def _fused_rows_fwd(static, logits, target, weight, dloss):
-    return fused_rows(static, logits, target, weight, dloss), (logits, target, weight, dloss)
+def _fused_rows_fwd(static, logits, target, weight, denominator):
+    return fused_rows(static, logits, target, weight, denominator), (logits, target, weight, denominator)
 
 
 def _fused_rows_bwd(static, residuals, cotangents):
-    logits, target, weight, dloss = residuals
+    logits, target, weight, denominator = residuals
     soft = jnp.issubdtype(target.dtype, jnp.floating)
 
-    def unfused(logits, soft_target, weight, dloss):
+    def unfused(logits, soft_target, weight, denominator):
         labels = soft_target if soft else target
         out = row_losses(static, logits, labels, weight)
-        dlogits, _ = row_gradients(static, logits, labels, weight, out.lse, out.target_sum, dloss, None)
+        dlogits, _ = row_gradients(static, logits, labels, weight, out.lse, out.target_sum, 1.0 / denominator, None)
         return out, dlogits
 
-    _, pull = jax.vjp(unfused, logits, target if soft else None, weight, dloss)
+    _, pull = jax.vjp(unfused, logits, target if soft else None, weight, denominator)
     return pull(cotangents)
 
 
@@ -113,8 +113,7 @@ def mean_loss(static: Static, logits: Array, target: Array, weight: Array | None
 
 
 def _mean_loss_fwd(static, logits, target, weight, denominator):
-    dloss = jnp.broadcast_to(1.0 / denominator, logits.shape[:1])
-    out, dlogits = fused_rows(static, logits, target, weight, dloss)
+    out, dlogits = fused_rows(static, logits, target, weight, jnp.broadcast_to(denominator, logits.shape[:1]))
     loss = out.loss.sum() / denominator
     return loss, (dlogits, logits, target, weight, out.lse, out.target_sum, denominator, loss)
 

@@ -21,7 +21,11 @@ TORCH_OPTIONS = {"label_smoothing", "ignore_index"}
 TORCH_CASES = [
     case
     for case in CASES
-    if set(case.options) <= TORCH_OPTIONS and case.labels != "invalid" and case.n_rows and case.n_classes < 50000
+    if set(case.options) <= TORCH_OPTIONS
+    and case.options.get("ignore_index", 0) is not None
+    and case.labels != "invalid"
+    and case.n_rows
+    and case.n_classes < 50000
 ]
 # Plain Optax: integer labels without options.
 OPTAX_CASES = [c for c in CASES if not c.options and not c.weighted and c.labels in ("hard", "soft", "one_hot")]

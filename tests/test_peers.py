@@ -95,7 +95,7 @@ def test_time_shifted_views_of_a_batch(torch_api, rng):
 @each_torch
 def test_sum_over_many_bf16_rows_is_not_summed_in_bf16(torch_api):
     # 0.35 % low at 65536 rows where the per-row losses are added in bf16.
-    n_rows = 65536 if torch_api.implementation == "reference" or HAS_GPU else 4096
+    n_rows = 65536 if torch_api.implementation == "reference" or HAS_GPU else 1024
     logits = torch.zeros(n_rows, 2, dtype=torch.bfloat16, device=torch_api.device)
     labels = torch.zeros(n_rows, dtype=torch.long, device=torch_api.device)
     loss = cross_entropy(logits, labels, reduction="sum", implementation=torch_api.implementation)

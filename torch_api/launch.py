@@ -91,18 +91,19 @@ def grad(
 
 
 def fused(
-    logits: Tensor, target: Tensor, weight: Tensor | None, dloss: Tensor, options: Options, implementation: str
+    logits: Tensor, target: Tensor, weight: Tensor | None, denominator: Tensor, options: Options, implementation: str
 ) -> tuple[Stats, Tensor]:
-    """Statistics and dlogits of rows whose upstream gradient, a 0-d dloss, is known beforehand."""
+    """Statistics, and dlogits of Σ loss / denominator for a 0-d denominator."""
     if implementation == "reference":
         out = Stats(*reference.stats(logits, target, weight, options, False))
-        rows = dloss.expand(len(logits))
+        dloss = denominator.reciprocal().expand(len(logits))
         dlogits, _ = reference.grad(
-            logits, target, weight, out.lse, out.target_sum, rows, None, options, with_dtarget=False
+            logits, target, weight, out.lse, out.target_sum, dloss, None, options, with_dtarget=False
         )
         return out, dlogits
-    launch = plan_fused(_problem(logits, target), dloss_stride=0, in_place=False)
-    out = _run(launch, options, logits, {"target_ptr": target, "weight_ptr": weight, "dloss_ptr": dloss})
+    launch = plan_fused(_problem(logits, target), denominator_stride=0, in_place=False)
+    operands = {"target_ptr": target, "weight_ptr": weight, "denominator_ptr": denominator}
+    out = _run(launch, options, logits, operands)
     return Stats(out["loss_ptr"], out["lse_ptr"], out["target_sum_ptr"], None), out["dlogits_ptr"]
 
 
@@ -112,9 +113,12 @@ def scaled(values: Tensor, scale: Tensor, implementation: str) -> Tensor:
         return (values * scale).to(values.dtype)
     from ce_kernels.kernels import scale_kernel
 
-    block = 4096
+    # A few programs a multiprocessor: enough to fill a device, few enough to cost nothing when they have nothing to do.
+    block, programs = 4096, 1024
     with _on_device(values):
-        scale_kernel[(-(-values.numel() // block),)](values, scale, values.numel(), BLOCK=block, num_warps=8)
+        scale_kernel[(min(programs, -(-values.numel() // block)),)](
+            values, scale, values.numel(), BLOCK=block, num_warps=8
+        )
     return values
 
 

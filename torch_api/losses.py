@@ -33,7 +33,7 @@ def cross_entropy(
     target: Tensor,
     weight: Tensor | None = None,
     *,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -59,7 +59,7 @@ def cross_entropy(
         target: class indices of any integer dtype in the shape of input without its class dimension, or class
             probabilities in the shape of input. Gradients flow to input, to probabilities and to weight.
         weight: class weights [C], floating point.
-        ignore_index: rows with this class index have loss 0 and no gradient.
+        ignore_index: rows with this class index have loss 0 and no gradient. None ignores none.
         reduction: "none", "mean" or "sum".
         label_smoothing: α in [0, 1].
         z_loss: λ ≥ 0, in nats⁻¹: the weight of lse² (PaLM, arXiv:2204.02311).
@@ -102,7 +102,7 @@ def cross_entropy(
         and not any(other is not None and other.requires_grad for other in others)
     ):
         if divisor is None:
-            divisor = torch.ones((), dtype=compute_dtype(rows.logits), device=rows.logits.device)
+            divisor = torch.ones((), dtype=compute_dtype(rows.logits), device=input.device)
         return FusedLoss.apply(rows.logits, rows.target, rows.weight, divisor, options, rows.implementation)
     total = _row_losses(rows, options, with_argmax=False)[0].sum()
     return total if divisor is None else total / divisor
@@ -113,7 +113,7 @@ def cross_entropy_rows(
     target: Tensor,
     weight: Tensor | None = None,
     *,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
@@ -207,11 +207,15 @@ def _facts(name: str, value: Tensor) -> Facts:
 
 
 def _check_labels(target: Tensor, n_classes: int, options: Options) -> None:
-    bad = (target < 0) | (target >= n_classes)
-    if options.ignore_index is not None:
-        bad &= target != options.ignore_index
+    bad = ((target < 0) | (target >= n_classes)) & _counted(target, options)
     if bad.any():
         label_error("target", int(target[bad][0]), n_classes)
+
+
+def _counted(target: Tensor, options: Options) -> Tensor:
+    if options.ignore_index is None:
+        return torch.ones_like(target, dtype=torch.bool)
+    return target != options.ignore_index
 
 
 def _row_losses(rows: _Rows, options: Options, *, with_argmax: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -231,11 +235,9 @@ def _divisor(rows: _Rows, options: Options, denominator: float | Tensor | None) 
         return torch.full((), denominator, dtype=dtype, device=device)
     if rows.target.is_floating_point():
         return torch.full((), len(rows.logits), dtype=dtype, device=device)
-    counted = torch.ones_like(rows.target, dtype=torch.bool)
-    if options.ignore_index is not None:
-        counted = rows.target != options.ignore_index
+    counted = _counted(rows.target, options)
     if rows.weight is None:
-        return counted.sum().to(dtype)
+        return counted.sum(dtype=dtype)
     label = rows.target.long()
     valid = (label >= 0) & (label < rows.logits.shape[-1])
     # An invalid label makes the mean NaN by its loss; counted as 1, it leaves the other rows' gradients finite.

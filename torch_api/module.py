@@ -28,7 +28,7 @@ class CrossEntropyLoss(nn.Module):
         self,
         weight: Tensor | None = None,
         *,
-        ignore_index: int = -100,
+        ignore_index: int | None = -100,
         reduction: Reduction = "mean",
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,

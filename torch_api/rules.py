@@ -79,20 +79,19 @@ class FusedLoss(Function):
 
     @staticmethod
     def forward(ctx, logits, target, weight, denominator, options: Options, implementation: str):
-        dloss = denominator.reciprocal()
-        out, dlogits = launch.fused(logits, target, weight, dloss, options, implementation)
-        ctx.save_for_backward(logits, target, weight, out.lse, out.target_sum, dloss, dlogits)
+        out, dlogits = launch.fused(logits, target, weight, denominator, options, implementation)
+        ctx.save_for_backward(logits, target, weight, out.lse, out.target_sum, denominator, dlogits)
         ctx.options, ctx.implementation, ctx.spent = options, implementation, False
         return out.loss.sum() / denominator
 
     @staticmethod
     def backward(ctx, g):
-        logits, target, weight, lse, target_sum, dloss, dlogits = ctx.saved_tensors
+        logits, target, weight, lse, target_sum, denominator, dlogits = ctx.saved_tensors
         if torch.is_grad_enabled() or ctx.spent:
             # Under create_graph, or after a first backward gave its buffer away: compute the gradient anew.
-            rows = (g * dloss).expand(len(lse))
+            dloss = (g / denominator).expand(len(lse))
             dlogits, _ = RowGradients.apply(
-                logits, target, weight, lse, target_sum, rows, None, ctx.options, ctx.implementation, False
+                logits, target, weight, lse, target_sum, dloss, None, ctx.options, ctx.implementation, False
             )
         else:
             ctx.spent = True

@@ -50,7 +50,7 @@ for dtype in ("float16", "bfloat16", "float32", "float64"):
             for launch, extra in (
                 (plan_stats(problem, with_argmax=weighted), {}),
                 (grad, rows),
-                (plan_fused(problem, dloss_stride=0, in_place=weighted), {"dloss_ptr": compute}),
+                (plan_fused(problem, denominator_stride=0, in_place=weighted), {"denominator_ptr": compute}),
             ):
                 compile_launch(launch, problem, options, target, capability, weighted, extra)
 print(json.dumps({"compiled": count}))
