@@ -53,7 +53,7 @@ def read_ms(logits: torch.Tensor) -> float:
     block = 16384
     words = logits.flatten().view(torch.int32)
     out = torch.empty(words.numel() // block, dtype=torch.int32, device="cuda")
-    return cuda_ms(lambda: read_kernel[(len(out),)](words, out, BLOCK=block, num_warps=16))
+    return cuda_ms(lambda: read_kernel[(len(out),)](words, out, BLOCK=block, num_warps=16))  # pyright: ignore
 
 
 def refused(name: str, loss: torch.Tensor, gradient: torch.Tensor, right: tuple) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from importlib.metadata import version
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -216,10 +216,11 @@ def _run(launch: Launch, options: Options, logits: Array, operands: dict[str, Ar
         shapes["logits_ptr"] = jax.ShapeDtypeStruct(logits.shape, logits.dtype)
     if launch.grid[0] == 0:
         return {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
-    scalars = options.scalars()
+    scalars: dict[str, Any] = {**options.scalars()}
     if dict(launch.constants)["SCALARS_IN_MEMORY"]:
-        floats = [name for name, value in scalars.items() if isinstance(value, float)]
-        scalars |= {name: jnp.asarray(scalars[name], logits.dtype) for name in floats}
+        scalars |= {
+            name: jnp.asarray(value, logits.dtype) for name, value in scalars.items() if isinstance(value, float)
+        }
     arguments = {"logits_ptr": logits} | operands | scalars
     run = _interpret if interpreting() else _launch
     return run(launch, arguments, shapes)

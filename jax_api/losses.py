@@ -133,7 +133,7 @@ def cross_entropy_rows(
     rows = _rows(logits, labels, weight, axis, options)
     static = Static(options, choose_implementation(implementation), with_argmax=True)
     out = row_losses(static, rows.logits, rows.target, rows.weight)
-    return RowOutputs(out.loss.reshape(rows.shape), out.lse.reshape(rows.shape), out.predicted.reshape(rows.shape))
+    return RowOutputs(*(array.reshape(rows.shape) for array in (out.loss, out.lse, out.predicted)))  # pyright: ignore
 
 
 class _Rows(NamedTuple):

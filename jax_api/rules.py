@@ -8,8 +8,8 @@
 Second derivatives go through the plain operations of `jax_api.reference`, differentiated by JAX.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,11 @@ class Static:
     with_argmax: bool = False
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiable[R](function: Callable[..., R]) -> jax.custom_vjp[R]:
+    return jax.custom_vjp(function, nondiff_argnums=(0,))  # pyright: ignore[reportReturnType]
+
+
+@_differentiable
 def row_losses(static: Static, logits: Array, target: Array, weight: Array | None) -> Stats:
     """loss, lse, s and argmax per row; loss and lse differentiable together or alone."""
     return launch.stats(logits, target, weight, static.options, static.implementation, with_argmax=static.with_argmax)
@@ -50,7 +54,7 @@ def _row_losses_bwd(static, residuals, cotangents):
 row_losses.defvjp(_row_losses_fwd, _row_losses_bwd)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@_differentiable
 def row_gradients(static, logits, target, weight, lse, target_sum, dloss, dlse):
     """(dlogits, dtarget) per row; lse and target_sum count as functions of the logits. dtarget is None for labels."""
     return launch.grad(logits, target, weight, lse, target_sum, dloss, dlse, static.options, static.implementation)
@@ -79,7 +83,7 @@ def _row_gradients_bwd(static, residuals, cotangents):
 row_gradients.defvjp(_row_gradients_fwd, _row_gradients_bwd)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@_differentiable
 def fused_rows(static, logits, target, weight, denominator) -> tuple[Stats, Array]:
     """Statistics of rows, and dlogits of Σ loss / denominator, given for every row: denominator [N]."""
     return launch.fused(logits, target, weight, denominator, static.options, static.implementation)
@@ -106,7 +110,7 @@ def _fused_rows_bwd(static, residuals, cotangents):
 fused_rows.defvjp(_fused_rows_fwd, _fused_rows_bwd)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@_differentiable
 def mean_loss(static: Static, logits: Array, target: Array, weight: Array | None, denominator: Array) -> Array:
     """Σ loss / denominator. Without a gradient it is one read of the logits."""
     return row_losses(static, logits, target, weight).loss.sum() / denominator

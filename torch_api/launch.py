@@ -5,7 +5,7 @@ Arguments are rows: logits [N, V] with unit stride in the classes, target [N] or
 
 import importlib.util
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,7 +117,11 @@ def scaled(values: Tensor, scale: Tensor, implementation: str) -> Tensor:
     block, programs = 4096, 1024
     with _on_device(values):
         scale_kernel[(min(programs, -(-values.numel() // block)),)](
-            values, scale, values.numel(), BLOCK=block, num_warps=8
+            values,
+            scale,
+            values.numel(),
+            BLOCK=block,
+            num_warps=8,  # pyright: ignore[reportCallIssue]
         )
     return values
 
@@ -154,11 +158,14 @@ def _run(launch: Launch, options: Options, logits: Tensor, operands: dict[str, T
     }
     if launch.grid[0] == 0:
         return out
-    scalars = options.scalars()
+    scalars: dict[str, Any] = {**options.scalars()}
     constants = dict(launch.constants)
     if constants["SCALARS_IN_MEMORY"]:
-        floats = [name for name, value in scalars.items() if isinstance(value, float)]
-        scalars |= {name: torch.full((), scalars[name], dtype=logits.dtype, device=logits.device) for name in floats}
+        scalars |= {
+            name: torch.full((), value, dtype=logits.dtype, device=logits.device)
+            for name, value in scalars.items()
+            if isinstance(value, float)
+        }
     kernel = getattr(kernels, launch.kernel)
     arguments = dict.fromkeys(kernel.arg_names) | {"logits_ptr": logits} | operands | scalars | out | constants
     with _on_device(logits):

@@ -99,7 +99,7 @@ class FusedLoss(Function):
         return dlogits, None, None, None, None, None
 
 
-def _weight_gradient(logits, target, weight, dloss, options: Options) -> Tensor:
+def _weight_gradient(logits, target, weight, dloss, options: Options) -> Tensor | None:
     # Plain operations: class weights that are trained are rare, and their gradient reduces over rows, not classes.
     def plain(logits, target, weight, dloss):
         logits = reference.without_dead_rows(logits, target, dloss, None, options)
