@@ -1,5 +1,9 @@
 """JAX transforms over the public functions, on the plain operations and on the kernels."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,3 +155,25 @@ def test_eval_shape_and_dtypes():
         loss, grad = jax.eval_shape(jax.value_and_grad(cross_entropy), x, y)
         assert loss.dtype == (jnp.float64 if dtype == jnp.float64 else jnp.float32)
         assert (grad.shape, grad.dtype) == (x.shape, dtype)
+
+
+WITHOUT_X64 = """
+import jax, jax.numpy as jnp, numpy as np, optax, jax_api
+assert not jax.config.jax_enable_x64
+x = jax.random.normal(jax.random.key(0), (4, 30))
+y = np.array([3, 29, 0, 7])  # int64 in NumPy, int32 in JAX
+for implementation in (None, "triton"):
+    ours = lambda x: jax_api.cross_entropy(x, y, implementation=implementation)
+    theirs = lambda x: optax.softmax_cross_entropy_with_integer_labels(x, jnp.asarray(y)).mean()
+    a, da = jax.jit(jax.value_and_grad(ours))(x)
+    b, db = jax.value_and_grad(theirs)(x)
+    assert a.dtype == jnp.float32
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+    np.testing.assert_allclose(da, db, rtol=1e-5, atol=1e-8)
+"""
+
+
+def test_without_x64():
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_X64]
+    result = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
