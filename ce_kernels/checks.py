@@ -1,6 +1,7 @@
 """Checks of shapes and dtypes, with one wording for both front ends. They see names, shapes and dtype names only."""
 
 import math
+from numbers import Integral, Real
 from typing import NamedTuple
 
 from ce_kernels.spec import Options, fail
@@ -24,6 +25,8 @@ def check_logits(logits: Facts, axis: int) -> int:
     """The class axis counted from 0. TypeError for non-float logits, ValueError for a bad rank or axis, or no class."""
     if logits.dtype not in FLOATS:
         fail(TypeError, str(logits), f"floating point {logits.name}: {', '.join(FLOATS)}", f"{logits.name} as float32")
+    if not isinstance(axis, Integral):
+        fail(TypeError, f"class axis {axis!r}", "an integer", "-1 for classes last")
     rank = len(logits.shape)
     if rank == 0:
         fail(ValueError, str(logits), "a class axis", f"{logits.name} of shape [rows, classes]")
@@ -76,8 +79,13 @@ def check_weight(weight: Facts, n_classes: int) -> None:
         )
 
 
+def is_number(value: object) -> bool:
+    """Whether value is a Python or NumPy real number; bool is none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def check_denominator(denominator: Facts) -> None:
-    """Raises TypeError or ValueError unless the denominator is one number."""
+    """Raises TypeError or ValueError unless the array is one number."""
     if denominator.dtype not in FLOATS + INTEGERS:
         fail(TypeError, str(denominator), "a number", f"{denominator.name} as float32")
     if math.prod(denominator.shape) != 1 or len(denominator.shape) > 1:

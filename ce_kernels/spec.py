@@ -21,7 +21,7 @@ Reductions: `none` is ℓ per row; `sum` is Σℓ; `mean` is Σℓ / Σ w_label 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Literal, NoReturn
 
@@ -77,6 +77,13 @@ class Options:
             fail(ValueError, f"logit_scale={logit_scale}", "a finite number", "logit_scale=1.0")
         ignored = None if ignore_index is None else int(ignore_index)
         return cls(ignored, label_smoothing, z_loss, softcap, logit_scale)
+
+    def for_labels(self, dtype: str) -> "Options":
+        """These options for labels of an integer dtype: an ignore_index that it cannot hold ignores none."""
+        bits = 63 if dtype == "int64" else 31
+        if self.ignore_index is None or -(2**bits) <= self.ignore_index < 2**bits:
+            return self
+        return replace(self, ignore_index=None)
 
     def scalars(self) -> dict[str, int | float | None]:
         """The kernels' scalar arguments; None where the option is off, which removes its code from the kernel."""

@@ -1,6 +1,5 @@
 """The public functions. The formula they compute stands in `ce_kernels.spec`."""
 
-from numbers import Real
 from typing import NamedTuple
 
 import jax
@@ -10,7 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from ce_kernels import Options
-from ce_kernels.checks import Facts, check_denominator, check_logits, check_target, check_weight
+from ce_kernels.checks import Facts, check_denominator, check_logits, check_target, check_weight, is_number
 from ce_kernels.spec import Implementation, Reduction, check_reduction, fail
 from jax_api.launch import choose_implementation
 from jax_api.reference import compute_dtype
@@ -88,10 +87,10 @@ def cross_entropy(
     check_reduction(reduction, denominator)
     options = Options.checked(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     rows = _rows(logits, labels, weight, axis, options)
-    static = Static(options, choose_implementation(implementation))
+    static = Static(rows.options, choose_implementation(implementation))
     if reduction == "none":
         return row_losses(static, rows.logits, rows.target, rows.weight).loss.reshape(rows.shape)
-    divisor = jnp.ones((), compute_dtype(rows.logits)) if reduction == "sum" else _divisor(rows, options, denominator)
+    divisor = jnp.ones((), compute_dtype(rows.logits)) if reduction == "sum" else _divisor(rows, denominator)
     return mean_loss(static, rows.logits, rows.target, rows.weight, divisor)
 
 
@@ -131,7 +130,7 @@ def cross_entropy_rows(
     """
     options = Options.checked(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     rows = _rows(logits, labels, weight, axis, options)
-    static = Static(options, choose_implementation(implementation), with_argmax=True)
+    static = Static(rows.options, choose_implementation(implementation), with_argmax=True)
     out = row_losses(static, rows.logits, rows.target, rows.weight)
     return RowOutputs(*(array.reshape(rows.shape) for array in (out.loss, out.lse, out.predicted)))  # pyright: ignore
 
@@ -142,6 +141,7 @@ class _Rows(NamedTuple):
     logits: Array
     target: Array
     weight: Array | None
+    options: Options
     shape: tuple[int, ...]
 
 
@@ -155,12 +155,16 @@ def _rows(logits: ArrayLike, labels: ArrayLike, weight: ArrayLike | None, axis: 
         weight = _array("weight", weight)
         check_weight(_facts("weight", weight), n_classes)
     shape = logits.shape[:axis] + logits.shape[axis + 1 :]
-    return _Rows(_class_rows(logits, axis), _class_rows(labels, axis) if soft else _index_rows(labels), weight, shape)
+    rows = _class_rows(labels, axis) if soft else _index_rows(labels)
+    if not soft:
+        options = options.for_labels(rows.dtype.name)
+    return _Rows(_class_rows(logits, axis), rows, weight, options, shape)
 
 
 def _index_rows(labels: Array) -> Array:
-    # Narrow and unsigned integers cannot hold a negative ignore_index.
-    return labels.reshape(-1).astype(labels.dtype if labels.dtype in (jnp.int32, jnp.int64) else jnp.int32)
+    # Narrow and unsigned integers cannot hold a negative ignore_index; int64 is int32 where x64 is off.
+    narrow = labels.dtype.itemsize < 4 or labels.dtype == jnp.int32
+    return labels.reshape(-1).astype(jnp.int32 if narrow else jax.dtypes.canonicalize_dtype(np.int64))
 
 
 def _class_rows(array: Array, axis: int) -> Array:
@@ -178,19 +182,19 @@ def _facts(name: str, value: Array) -> Facts:
     return Facts(name, value.shape, value.dtype.name)
 
 
-def _divisor(rows: _Rows, options: Options, denominator: ArrayLike | None) -> Array:
+def _divisor(rows: _Rows, denominator: ArrayLike | None) -> Array:
     """The 0-d divisor of `mean`."""
     dtype = compute_dtype(rows.logits)
     if denominator is not None:
-        if not isinstance(denominator, Real):
+        if not is_number(denominator):
             denominator = _array("denominator", denominator)
             check_denominator(_facts("denominator", denominator))
         return jnp.asarray(denominator, dtype).reshape(())
     if jnp.issubdtype(rows.target.dtype, jnp.floating):
         return jnp.full((), rows.logits.shape[0], dtype)
     counted = jnp.ones_like(rows.target, bool)
-    if options.ignore_index is not None:
-        counted = rows.target != options.ignore_index
+    if rows.options.ignore_index is not None:
+        counted = rows.target != rows.options.ignore_index
     mass = jnp.ones((), dtype)
     if rows.weight is not None:
         valid = (rows.target >= 0) & (rows.target < rows.logits.shape[-1])

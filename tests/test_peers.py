@@ -7,6 +7,7 @@ import optax
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import jax_api
 from tests.conftest import HAS_GPU
@@ -187,6 +188,46 @@ def test_second_backward_is_exact(torch_api, rng, reduction):
     expected = expected_gradient(logits, labels, reduction="sum" if reduction == "none" else reduction) * 3.0
     for grad in (first, second, third):
         torch.testing.assert_close(grad.double(), expected, rtol=2e-6, atol=1e-8)
+
+
+@each_torch
+def test_gradients_may_be_written_to_between_backwards(torch_api, rng):
+    """A hook that writes in place, and .grad that accumulates in place, leave later backwards right."""
+    logits, labels = logits_and_labels(torch_api, rng)
+    expected = expected_gradient(logits, labels)
+    leaf = logits.clone().requires_grad_()
+    loss = cross_entropy(leaf, labels, implementation=torch_api.implementation)
+    for keep in (True, True, False):
+        loss.backward(retain_graph=keep)
+    torch.testing.assert_close(leaf.grad.double(), 3 * expected, rtol=1e-5, atol=1e-8)
+    leaf = logits.clone().requires_grad_()
+    inner = leaf * 1
+    inner.register_hook(lambda grad: grad.mul_(2))
+    loss = cross_entropy(inner, labels, implementation=torch_api.implementation)
+    for keep in (True, False):
+        (grad,) = torch.autograd.grad(loss, leaf, retain_graph=keep)
+        torch.testing.assert_close(grad.double(), 2 * expected, rtol=1e-5, atol=1e-8)
+
+
+@each_torch
+def test_checkpointing_and_saved_tensor_hooks(torch_api, rng):
+    logits, labels = logits_and_labels(torch_api, rng)
+    expected = expected_gradient(logits, labels)
+
+    def loss(x):
+        return cross_entropy(x * 1, labels, implementation=torch_api.implementation)
+
+    def gradient(run):
+        leaf = logits.clone().requires_grad_()
+        return torch.autograd.grad(run(leaf) * 3, leaf)[0].double()
+
+    def on_cpu(x):
+        with torch.autograd.graph.save_on_cpu():
+            return loss(x)
+
+    runs = [on_cpu, lambda x: checkpoint(loss, x, use_reentrant=False)]
+    for run in runs:
+        torch.testing.assert_close(gradient(run), 3 * expected, rtol=1e-5, atol=1e-8)
 
 
 @each_torch

@@ -12,6 +12,7 @@ from ce_kernels.checks import (
     check_logits,
     check_target,
     check_weight,
+    is_number,
     label_error,
 )
 from ce_kernels.spec import Implementation, Reduction, check_reduction, fail
@@ -93,8 +94,8 @@ def cross_entropy(
     options = Options.checked(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     rows = _rows(input, target, weight, options, dim, implementation)
     if reduction == "none":
-        return _row_losses(rows, options, with_argmax=False)[0].view(rows.shape)
-    divisor = None if reduction == "sum" else _divisor(rows, options, denominator)
+        return _row_losses(rows, with_argmax=False)[0].view(rows.shape)
+    divisor = None if reduction == "sum" else _divisor(rows, denominator)
     others = (rows.target, rows.weight, divisor)
     if (
         torch.is_grad_enabled()
@@ -103,8 +104,8 @@ def cross_entropy(
     ):
         if divisor is None:
             divisor = torch.ones((), dtype=compute_dtype(rows.logits), device=input.device)
-        return FusedLoss.apply(rows.logits, rows.target, rows.weight, divisor, options, rows.implementation)
-    total = _row_losses(rows, options, with_argmax=False)[0].sum()
+        return FusedLoss.apply(rows.logits, rows.target, rows.weight, divisor, rows.options, rows.implementation)
+    total = _row_losses(rows, with_argmax=False)[0].sum()
     return total if divisor is None else total / divisor
 
 
@@ -144,7 +145,7 @@ def cross_entropy_rows(
     """
     options = Options.checked(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     rows = _rows(input, target, weight, options, dim, implementation)
-    loss, lse, predicted = _row_losses(rows, options, with_argmax=True)
+    loss, lse, predicted = _row_losses(rows, with_argmax=True)
     return RowOutputs(loss.view(rows.shape), lse.view(rows.shape), predicted.long().view(rows.shape))
 
 
@@ -154,6 +155,7 @@ class _Rows(NamedTuple):
     logits: Tensor
     target: Tensor
     weight: Tensor | None
+    options: Options
     shape: torch.Size
     implementation: str
 
@@ -177,14 +179,17 @@ def _rows(
         if other is not None and other.device != input.device:
             passed = f"{name} on {other.device} with input on {input.device}"
             fail(ValueError, passed, "one device", f"{name}.to(input.device)")
-    if not soft and target.device.type == "cpu":
-        _check_labels(target, n_classes, options)
-    shape = input.shape[:axis] + input.shape[axis + 1 :]
+    rows = _class_rows(target, axis) if soft else _index_rows(target)
+    if not soft:
+        options = options.for_labels(_facts("target", rows).dtype)
+        if target.device.type == "cpu":
+            _check_labels(rows, n_classes, options)
     return _Rows(
         _class_rows(input, axis),
-        _class_rows(target, axis) if soft else _index_rows(target),
+        rows,
         weight,
-        shape,
+        options,
+        input.shape[:axis] + input.shape[axis + 1 :],
         choose_implementation(implementation, input.device),
     )
 
@@ -218,24 +223,27 @@ def _counted(target: Tensor, options: Options) -> Tensor:
     return target != options.ignore_index
 
 
-def _row_losses(rows: _Rows, options: Options, *, with_argmax: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return RowLosses.apply(rows.logits, rows.target, rows.weight, options, rows.implementation, with_argmax)
+def _row_losses(rows: _Rows, *, with_argmax: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return RowLosses.apply(rows.logits, rows.target, rows.weight, rows.options, rows.implementation, with_argmax)
 
 
-def _divisor(rows: _Rows, options: Options, denominator: float | Tensor | None) -> Tensor:
+def _divisor(rows: _Rows, denominator: float | Tensor | None) -> Tensor:
     """The 0-d divisor of `mean`, on the device, without reading it."""
     dtype, device = compute_dtype(rows.logits), rows.logits.device
     if isinstance(denominator, Tensor):
         check_denominator(_facts("denominator", denominator))
+        if denominator.device.type not in ("cpu", device.type):
+            passed = f"denominator on {denominator.device} with input on {device}"
+            fail(ValueError, passed, "one device", "denominator.to(input.device)")
         return denominator.reshape(()).to(device=device, dtype=dtype, non_blocking=True)
     if denominator is not None:
-        if not isinstance(denominator, (int, float)):
+        if not is_number(denominator):
             passed = f"denominator of type {type(denominator).__name__}"
             fail(TypeError, passed, "a number or a tensor of one element", "denominator=float(count)")
         return torch.full((), denominator, dtype=dtype, device=device)
     if rows.target.is_floating_point():
         return torch.full((), len(rows.logits), dtype=dtype, device=device)
-    counted = _counted(rows.target, options)
+    counted = _counted(rows.target, rows.options)
     if rows.weight is None:
         return counted.sum(dtype=dtype)
     label = rows.target.long()

@@ -95,7 +95,9 @@ class FusedLoss(Function):
             )
         else:
             ctx.spent = True
-            dlogits = launch.scaled(dlogits, g, ctx.implementation)
+            # `.data`: its receiver may write to it (.grad accumulates in place) without invalidating this node's saved
+            # tensors; nothing reads this one again.
+            dlogits = launch.scaled(dlogits, g, ctx.implementation).data
         return dlogits, None, None, None, None, None
 
 
