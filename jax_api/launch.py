@@ -178,7 +178,7 @@ def _dispatch(kernel: Callable, plain: Callable, implementation: str | None, *ro
             *rows, own_weight = arguments
             folded = [_fold(array, batched, axis_size) for array, batched in zip(rows, in_batched, strict=False)]
             out = mapped(*folded, own_weight)
-            n_rows = folded[0].shape[0] // axis_size if axis_size else 0
+            n_rows = rows[0].shape[1 if in_batched[0] else 0]
             out = jax.tree.map(lambda array: array.reshape(axis_size, n_rows, *array.shape[1:]), out)
         return out, jax.tree.map(lambda _: True, out)
 

@@ -74,6 +74,13 @@ def test_vmap(batch, implementation, in_axes):
 
 
 @each_implementation
+def test_vmap_over_nothing(batch, implementation):
+    x, y, _, w = batch
+    gradient = jax.vmap(jax.grad(ours(implementation)), (0, None, None))(x[:0], y[0], w[0])
+    assert gradient.shape == (0, 4, 37)
+
+
+@each_implementation
 def test_nested_vmap(batch, implementation):
     x, y, _, w = batch
     nested = lambda f: jax.vmap(jax.vmap(jax.grad(f), (0, None, None)), (None, 0, None))(x, y, w[0])  # noqa: E731
