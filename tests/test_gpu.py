@@ -1,5 +1,7 @@
 """What only a GPU can show: no synchronisation, the same bits every time, offsets beyond 2³¹, memory."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -39,11 +41,15 @@ def test_no_synchronisation():
         torch.autograd.grad(cross_entropy_rows(leaf, labels).lse.sum(), leaf)
 
     everything()  # compiles, which may synchronise
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        everything()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype", UserWarning)
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            everything()
+            with pytest.raises(RuntimeError, match="synchronizing"):
+                leaf.sum().item()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
