@@ -2,12 +2,13 @@
 
 import math
 from numbers import Integral, Real
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from ce_kernels.spec import Options, fail
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+# No uint64: it holds labels that no other integer can, and would wrap.
+INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")
 
 
 class Facts(NamedTuple):
@@ -25,7 +26,7 @@ def check_logits(logits: Facts, axis: int) -> int:
     """The class axis counted from 0. TypeError for non-float logits, ValueError for a bad rank or axis, or no class."""
     if logits.dtype not in FLOATS:
         fail(TypeError, str(logits), f"floating point {logits.name}: {', '.join(FLOATS)}", f"{logits.name} as float32")
-    if not isinstance(axis, Integral):
+    if not isinstance(axis, Integral) or isinstance(axis, bool):
         fail(TypeError, f"class axis {axis!r}", "an integer", "-1 for classes last")
     rank = len(logits.shape)
     if rank == 0:
@@ -64,9 +65,14 @@ def check_target(logits: Facts, target: Facts, axis: int, options: Options) -> b
             f"{target.name} of shape {list(rows)} (class indices) or {list(logits.shape)} (probabilities)",
             f"{target.name} with one entry a row, and the class axis where it is",
         )
+    check_class_indices(target)
+    return False
+
+
+def check_class_indices(target: Facts) -> None:
+    """Raises TypeError unless target holds integers."""
     if target.dtype not in INTEGERS:
         fail(TypeError, str(target), "integer class indices", f"{target.name} as int32 or int64")
-    return False
 
 
 def check_weight(weight: Facts, n_classes: int) -> None:
@@ -92,7 +98,13 @@ def check_denominator(denominator: Facts) -> None:
         fail(ValueError, str(denominator), "one number", f"{denominator.name}.sum() if it holds counts to be added")
 
 
-def label_error(name: str, label: int, n_classes: int) -> None:
+def denominator_error(denominator: object) -> NoReturn:
+    """Raises the TypeError of a denominator that is neither a number nor an array."""
+    passed = f"denominator of type {type(denominator).__name__}"
+    fail(TypeError, passed, "a number or an array of one", "denominator=float(count)")
+
+
+def label_error(name: str, label: int, n_classes: int) -> NoReturn:
     """Raises the IndexError of a label that is no class, where checking costs no device synchronisation."""
     fail(
         IndexError,

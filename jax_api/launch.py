@@ -6,6 +6,7 @@ into the rows of one launch; the platform is chosen when the program is lowered,
 
 import importlib.util
 import os
+import re
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
@@ -72,7 +73,7 @@ def _obstacle() -> str | None:
         return "no jax-triton installed"
     # jax-triton 0.4.1 fails at lowering under jax 0.12: its dead-code rule takes two arguments, jax passes three.
     found = version("jax_triton")
-    if jax.__version_info__ >= (0, 12) or tuple(int(part) for part in found.split(".")[:3]) < (0, 4, 1):
+    if jax.__version_info__ >= (0, 12) or tuple(int(part) for part in re.findall(r"\d+", found)[:3]) < (0, 4, 1):
         return f"jax {jax.__version__} and jax-triton {found}"
     return None
 
@@ -87,7 +88,11 @@ def stats(
     with_argmax: bool,
 ) -> Stats:
     """Per-row statistics: one read of the logits."""
+    return _stats(options, implementation, with_argmax)(logits, target, weight)
 
+
+@lru_cache
+def _stats(options: Options, implementation: str | None, with_argmax: bool) -> Callable[..., Stats]:
     def kernel(logits, target, weight):
         launch = plan_stats(_problem(logits, target), with_argmax=with_argmax)
         out = _run(launch, options, logits, {"target_ptr": target, "weight_ptr": weight})
@@ -96,7 +101,7 @@ def stats(
     def plain(logits, target, weight):
         return Stats(*reference.stats(logits, target, weight, options, with_argmax))
 
-    return _dispatch(kernel, plain, implementation, logits, target, weight=weight)
+    return _dispatch(kernel, plain, implementation)
 
 
 def grad(
@@ -111,15 +116,19 @@ def grad(
     implementation: str | None,
 ) -> tuple[Array, Array | None]:
     """dlogits, and dtarget of soft targets, for upstream gradients of loss and lse: one read, one write."""
-    soft = jnp.issubdtype(target.dtype, jnp.floating)
+    rows = (logits, target, lse, target_sum, dloss, *(() if dlse is None else (dlse,)))
+    return _grad(options, implementation)(*rows, weight)
 
+
+@lru_cache
+def _grad(options: Options, implementation: str | None) -> Callable[..., tuple[Array, Array | None]]:
     def kernel(logits, target, lse, target_sum, dloss, *dlse_and_weight):
         *dlse, weight = dlse_and_weight
         launch = plan_grad(
             _problem(logits, target),
             dloss_stride=1,
             dlse_stride=len(dlse),
-            dtarget_dtype=target.dtype.name if soft else None,
+            dtarget_dtype=target.dtype.name if _is_soft(target) else None,
             in_place=True,
         )
         operands = {"target_ptr": target, "weight_ptr": weight, "lse_ptr": lse, "target_sum_ptr": target_sum}
@@ -130,17 +139,20 @@ def grad(
     def plain(logits, target, lse, target_sum, dloss, *dlse_and_weight):
         *dlse, weight = dlse_and_weight
         dlse = dlse[0] if dlse else None
-        return reference.grad(logits, target, weight, lse, target_sum, dloss, dlse, options, soft)
+        return reference.grad(logits, target, weight, lse, target_sum, dloss, dlse, options, _is_soft(target))
 
-    rows = (logits, target, lse, target_sum, dloss, *(() if dlse is None else (dlse,)))
-    return _dispatch(kernel, plain, implementation, *rows, weight=weight)
+    return _dispatch(kernel, plain, implementation)
 
 
 def fused(
     logits: Array, target: Array, weight: Array | None, denominator: Array, options: Options, implementation: str | None
 ) -> tuple[Stats, Array]:
     """Statistics, and dlogits of Σ loss / denominator, given for every row: denominator [N]."""
+    return _fused(options, implementation)(logits, target, denominator, weight)
 
+
+@lru_cache
+def _fused(options: Options, implementation: str | None) -> Callable[..., tuple[Stats, Array]]:
     def kernel(logits, target, denominator, weight):
         launch = plan_fused(_problem(logits, target), denominator_stride=1, in_place=True)
         operands = {"target_ptr": target, "weight_ptr": weight, "denominator_ptr": denominator}
@@ -154,11 +166,14 @@ def fused(
         )
         return out, dlogits
 
-    return _dispatch(kernel, plain, implementation, logits, target, denominator, weight=weight)
+    return _dispatch(kernel, plain, implementation)
 
 
-def _dispatch(kernel: Callable, plain: Callable, implementation: str | None, *rows: Array, weight: Array | None):
-    """Runs kernel or plain on (*rows, weight), as one launch under vmap."""
+def _dispatch(kernel: Callable, plain: Callable, implementation: str | None) -> Callable:
+    """A function of (*rows, weight) that runs kernel or plain; under vmap as one launch, unless weights are mapped.
+
+    Jitted and kept by its callers, so that a call outside of jit compiles once; inlined inside of it.
+    """
 
     def call(*arguments):
         if implementation == "reference":
@@ -171,23 +186,35 @@ def _dispatch(kernel: Callable, plain: Callable, implementation: str | None, *ro
 
     @mapped.def_vmap
     def fold(axis_size, in_batched, *arguments):
+        *rows, weight = arguments
         if weight is not None and in_batched[-1]:
-            # A launch has one vector of class weights.
-            out = lax.map(lambda i: mapped(*_take(arguments, in_batched, i)), jnp.arange(axis_size))
+            out = _one_by_one(mapped, axis_size, in_batched, arguments)
         else:
-            *rows, own_weight = arguments
             folded = [_fold(array, batched, axis_size) for array, batched in zip(rows, in_batched, strict=False)]
-            out = mapped(*folded, own_weight)
+            out = mapped(*folded, weight)
             n_rows = rows[0].shape[1 if in_batched[0] else 0]
             out = jax.tree.map(lambda array: array.reshape(axis_size, n_rows, *array.shape[1:]), out)
         return out, jax.tree.map(lambda _: True, out)
 
-    return mapped(*rows, weight)
+    return jax.jit(mapped, inline=True)
 
 
-def _take(arguments, in_batched, i):
-    flags = jax.tree.leaves(in_batched)
-    return [array[i] if batched else array for array, batched in zip(arguments, flags, strict=True)]
+def _one_by_one(function: Callable, axis_size: int, in_batched, arguments):
+    # A launch has one vector of class weights.
+    def own(i):
+        return function(*(array[i] if batched else array for array, batched in zip(arguments, in_batched, strict=True)))
+
+    if axis_size:
+        return lax.map(own, jnp.arange(axis_size))
+    single = [
+        jax.ShapeDtypeStruct(array.shape[1:], array.dtype) if batched else array
+        for array, batched in zip(arguments, in_batched, strict=True)
+    ]
+    return jax.tree.map(lambda shape: jnp.zeros((0, *shape.shape), shape.dtype), jax.eval_shape(function, *single))
+
+
+def _is_soft(target: Array) -> bool:
+    return jnp.issubdtype(target.dtype, jnp.floating)
 
 
 def _fold(array: Array, batched: bool, axis_size: int) -> Array:
@@ -202,7 +229,7 @@ def _problem(logits: Array, target: Array) -> Problem:
         n_rows=n_rows,
         n_classes=n_classes,
         logits_dtype=logits.dtype.name,
-        soft_targets=jnp.issubdtype(target.dtype, jnp.floating),
+        soft_targets=_is_soft(target),
         logits_stride=n_classes,
         target_stride=n_classes if target.ndim == 2 else 1,
         total_classes=n_classes,

@@ -9,7 +9,15 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from ce_kernels import Options
-from ce_kernels.checks import Facts, check_denominator, check_logits, check_target, check_weight, is_number
+from ce_kernels.checks import (
+    Facts,
+    check_denominator,
+    check_logits,
+    check_target,
+    check_weight,
+    denominator_error,
+    is_number,
+)
 from ce_kernels.spec import Implementation, Reduction, check_reduction, fail
 from jax_api.launch import choose_implementation
 from jax_api.reference import compute_dtype
@@ -91,6 +99,9 @@ def cross_entropy(
     if reduction == "none":
         return row_losses(static, rows.logits, rows.target, rows.weight).loss.reshape(rows.shape)
     divisor = jnp.ones((), compute_dtype(rows.logits)) if reduction == "sum" else _divisor(rows, denominator)
+    if rows.logits.dtype == jnp.float16:
+        # Loss scaling exists because p / N is below fp16's range: round only after the upstream gradient is known.
+        return row_losses(static, rows.logits, rows.target, rows.weight).loss.sum() / divisor
     return mean_loss(static, rows.logits, rows.target, rows.weight, divisor)
 
 
@@ -146,14 +157,14 @@ class _Rows(NamedTuple):
 
 
 def _rows(logits: ArrayLike, labels: ArrayLike, weight: ArrayLike | None, axis: int, options: Options) -> _Rows:
-    logits, labels = _array("logits", logits), _array("labels", labels)
-    logits_facts = _facts("logits", logits)
+    logits, labels = as_array("logits", logits), as_array("labels", labels)
+    logits_facts = facts_of("logits", logits)
     axis = check_logits(logits_facts, axis)
-    soft = check_target(logits_facts, _facts("labels", labels), axis, options)
+    soft = check_target(logits_facts, facts_of("labels", labels), axis, options)
     n_classes = logits.shape[axis]
     if weight is not None:
-        weight = _array("weight", weight)
-        check_weight(_facts("weight", weight), n_classes)
+        weight = as_array("weight", weight)
+        check_weight(facts_of("weight", weight), n_classes)
     shape = logits.shape[:axis] + logits.shape[axis + 1 :]
     rows = _class_rows(labels, axis) if soft else _index_rows(labels)
     if not soft:
@@ -163,8 +174,12 @@ def _rows(logits: ArrayLike, labels: ArrayLike, weight: ArrayLike | None, axis: 
 
 def _index_rows(labels: Array) -> Array:
     # Narrow and unsigned integers cannot hold a negative ignore_index; int64 is int32 where x64 is off.
-    narrow = labels.dtype.itemsize < 4 or labels.dtype == jnp.int32
-    return labels.reshape(-1).astype(jnp.int32 if narrow else jax.dtypes.canonicalize_dtype(np.int64))
+    wide = labels.dtype.itemsize >= 4 and labels.dtype != jnp.int32
+    dtype = np.dtype(jax.dtypes.canonicalize_dtype(np.int64)) if wide else np.dtype(np.int32)
+    if jnp.iinfo(labels.dtype).max > jnp.iinfo(dtype).max:
+        # A label too large for it stays out of range, where wrapping would make it a class or ignore_index.
+        labels = jnp.minimum(labels, labels.dtype.type(jnp.iinfo(dtype).max))
+    return labels.reshape(-1).astype(dtype)
 
 
 def _class_rows(array: Array, axis: int) -> Array:
@@ -172,13 +187,17 @@ def _class_rows(array: Array, axis: int) -> Array:
     return moved.reshape(-1 if moved.size else int(np.prod(moved.shape[:-1])), moved.shape[-1])
 
 
-def _array(name: str, value: ArrayLike) -> Array:
+def as_array(name: str, value: ArrayLike) -> Array:
     if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
         fail(TypeError, f"{name} of type {type(value).__name__}", "a JAX or NumPy array", f"jnp.asarray({name})")
+    if isinstance(value, np.ndarray | np.generic) and value.dtype == np.int64:
+        # Without x64 JAX would wrap them; clipped, labels beyond int32 stay out of range.
+        limits = jnp.iinfo(jax.dtypes.canonicalize_dtype(np.int64))
+        value = np.clip(value, limits.min, limits.max)
     return jnp.asarray(value)
 
 
-def _facts(name: str, value: Array) -> Facts:
+def facts_of(name: str, value: Array) -> Facts:
     return Facts(name, value.shape, value.dtype.name)
 
 
@@ -187,8 +206,10 @@ def _divisor(rows: _Rows, denominator: ArrayLike | None) -> Array:
     dtype = compute_dtype(rows.logits)
     if denominator is not None:
         if not is_number(denominator):
-            denominator = _array("denominator", denominator)
-            check_denominator(_facts("denominator", denominator))
+            if not isinstance(denominator, (jax.Array, np.ndarray)):
+                denominator_error(denominator)
+            denominator = as_array("denominator", denominator)
+            check_denominator(facts_of("denominator", denominator))
         return jnp.asarray(denominator, dtype).reshape(())
     if jnp.issubdtype(rows.target.dtype, jnp.floating):
         return jnp.full((), rows.logits.shape[0], dtype)

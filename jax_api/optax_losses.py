@@ -4,7 +4,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jax_api.losses import cross_entropy, cross_entropy_rows
+from ce_kernels.checks import check_class_indices, check_logits
+from ce_kernels.spec import fail
+from jax_api.losses import as_array, cross_entropy, cross_entropy_rows, facts_of
 from jax_api.reference import compute_dtype
 
 
@@ -33,7 +35,7 @@ def softmax_cross_entropy_with_integer_labels(
     loss, and every label out of range gives NaN (Optax wraps negative ones to real classes).
     """
     logits, where, row_mask = _classes_last(jnp.asarray(logits), where, axis)
-    labels = jnp.asarray(labels)
+    check_class_indices(facts_of("labels", labels := as_array("labels", labels)))
     if where is None or row_mask:
         loss = cross_entropy(logits, labels, ignore_index=None, reduction="none")
         return loss if where is None else jnp.where(where, loss, 0.0)
@@ -79,8 +81,8 @@ def softmax_cross_entropy(
     if not jnp.issubdtype(labels.dtype, jnp.floating):
         labels = labels.astype(compute_dtype(logits))
     axis = tuple(range(logits.ndim)) if axis is None else axis
-    labels, _, _ = _classes_last(labels, None, axis)
     logits, where, row_mask = _classes_last(logits, where, axis)
+    labels, _, _ = _classes_last(labels, None, axis)
     included = None
     if where is not None:
         included = where if row_mask else where.any(-1)
@@ -95,7 +97,10 @@ def _classes_last(
     array: Array, where: ArrayLike | None, axis: int | tuple[int, ...]
 ) -> tuple[Array, Array | None, bool]:
     """array with its class axes flattened into the last one, where likewise, and whether where has one entry a row."""
-    axes = tuple(a % array.ndim for a in (axis if isinstance(axis, tuple) else (axis,)))
+    facts = facts_of("logits", array)
+    axes = tuple(check_logits(facts, a) for a in (axis if isinstance(axis, tuple) else (axis,)))
+    if len(set(axes)) != len(axes):
+        fail(ValueError, f"class axes {axis} for {facts}", "different axes", "every axis once")
     order = tuple(a for a in range(array.ndim) if a not in axes) + axes
     rows = array.ndim - len(axes)
 

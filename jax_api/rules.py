@@ -71,6 +71,9 @@ def _row_gradients_bwd(static, residuals, cotangents):
 
     def plain(logits, soft_target, weight, dloss, dlse):
         labels = soft_target if soft else target
+        # What a row without upstream gradient holds may be NaN, and 0·NaN is NaN.
+        dead = (dloss == 0) & (True if dlse is None else dlse == 0)
+        logits = jnp.where(dead[:, None], 0.0, logits)
         # Ignored rows have an lse only where one was asked for.
         _, lse, target_sum, _ = reference.stats(logits, labels, weight, static.options, static.with_argmax)
         return reference.grad(logits, labels, weight, lse, target_sum, dloss, dlse, static.options, with_dtarget=soft)

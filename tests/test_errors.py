@@ -157,7 +157,7 @@ MISTAKES = {
     "denominator True": (
         {"denominator": True},
         TypeError,
-        None,
+        "got denominator of type bool; required: a number or an array of one; write denominator=float(count)",
     ),
     "denominator with sum": (
         {"denominator": 3.0, "reduction": "sum"},
@@ -181,9 +181,6 @@ def test_mistake(call, mistake):
     arguments = {"logits": LOGITS, "labels": LABELS, **arguments}
     with pytest.raises(kind) as caught:
         call(**arguments)
-    if message is None:  # the front ends' own words
-        assert "got denominator of type bool; required: a" in str(caught.value)
-        return
     assert str(caught.value) == message.format(**call.names)
 
 

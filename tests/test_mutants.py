@@ -9,6 +9,7 @@ import torch
 
 import ce_kernels
 from ce_kernels import kernels
+from jax_api import launch as jax_launch
 from tests.cases import CASES
 from tests.conftest import HAS_GPU
 from tests.frontends import Jax, Torch
@@ -80,6 +81,17 @@ KILLERS = [
     (Torch("triton", DEVICE), BY_NAME[name])
     for name in ("classes_1025", "all_options", "weight", "smoothing", "z_loss", "masked_tile", "soft_all_options")
 ] + [(Jax("triton", DEVICE), BY_NAME["invalid_labels"])]
+
+
+@pytest.fixture(autouse=True)
+def fresh_traces():
+    """Traces hold the kernels that they were made with: none from before, none for later tests."""
+    cached = (jax_launch._stats, jax_launch._grad, jax_launch._fused)
+    for program in cached:
+        program.cache_clear()
+    yield
+    for program in cached:
+        program.cache_clear()
 
 
 def load_mutant(module, old: str, new: str, tmp_path, monkeypatch):

@@ -119,6 +119,15 @@ def test_labels_out_of_range_make_their_row_nan(rng, label, implementation):
     assert not np.isnan(dlogits[jnp.array([0, 2, 3])]).any()
 
 
+@pytest.mark.parametrize("labels", [np.array([3, 2**32 - 100]).astype(np.uint32), np.array([3, 2**32 + 3])])
+def test_wide_labels_do_not_wrap_to_classes(labels):
+    logits = jnp.zeros((2, 130), jnp.float32)
+    for x64 in (True, False):
+        with jax.enable_x64(x64):
+            loss = jax_api.cross_entropy(logits, labels, reduction="none")
+        assert np.isnan(loss).tolist() == [False, True]
+
+
 @pytest.mark.gpu
 def test_labels_out_of_range_make_their_row_nan_on_the_device(rng):
     logits, _ = logits_and_labels(Torch("triton", "cuda"), rng, n_rows=4)
@@ -207,6 +216,35 @@ def test_gradients_may_be_written_to_between_backwards(torch_api, rng):
     for keep in (True, False):
         (grad,) = torch.autograd.grad(loss, leaf, retain_graph=keep)
         torch.testing.assert_close(grad.double(), 2 * expected, rtol=1e-5, atol=1e-8)
+
+
+@each_frontend
+def test_loss_scaling_keeps_small_fp16_gradients(frontend):
+    """p / N is below fp16's range for real vocabularies; a scaler's 65536 must arrive before rounding."""
+    n_rows, n_classes, scale = 64, 1000, 2.0**16
+    logits = np.random.default_rng(0).normal(size=(n_rows, n_classes)).astype(np.float16)
+    labels = frontend.array(np.zeros(n_rows, np.int64))
+
+    def loss(x):
+        kept = {"denominator": 4096.0, "implementation": frontend.implementation}
+        return (frontend.api.cross_entropy(x, labels, **kept) * scale,)
+
+    _, (dlogits,) = frontend.differentiate(loss, (np.ones(()),), logits)
+    p = np.exp(logits.astype(np.float64))
+    expected = scale / 4096 * (p / p.sum(1, keepdims=True) - np.eye(n_classes)[0])
+    np.testing.assert_allclose(dlogits.astype(np.float64), expected, rtol=2e-3, atol=2.0**-25)
+
+
+def test_batched_gradients():
+    logits = torch.randn(3, 5, requires_grad=True)
+    labels = torch.arange(3)
+    for reduction in ("mean", "none"):
+
+        def jacobian(function, reduction=reduction):
+            call = lambda x: function(x, labels, reduction=reduction)  # noqa: E731
+            return torch.autograd.functional.jacobian(call, logits, vectorize=True)
+
+        torch.testing.assert_close(jacobian(cross_entropy), jacobian(F.cross_entropy))
 
 
 @each_torch
@@ -354,3 +392,16 @@ def test_optax_axes(rng):
     for axis in (1, -2, (1, 2), None):
         theirs = optax.softmax_cross_entropy(logits, soft, axis=axis)
         np.testing.assert_allclose(jax_api.softmax_cross_entropy(logits, soft, axis=axis), theirs)
+
+
+def test_optax_mistakes_are_not_accepted():
+    logits, labels = jnp.zeros((4, 7)), jnp.zeros(4, int)
+    for axis in (2, -3, (0, 2)):
+        with pytest.raises(ValueError, match=r"got class axis .* for logits"):
+            jax_api.softmax_cross_entropy_with_integer_labels(logits, labels, axis=axis)
+        with pytest.raises(ValueError, match=r"got class axis .* for logits"):
+            jax_api.softmax_cross_entropy(logits, jax.nn.softmax(logits), axis=axis)
+    with pytest.raises(ValueError, match=r"required: different axes"):
+        jax_api.softmax_cross_entropy(logits, logits, axis=(1, -1))
+    with pytest.raises(TypeError, match=r"required: integer class indices"):
+        jax_api.softmax_cross_entropy_with_integer_labels(logits, jax.nn.softmax(logits))

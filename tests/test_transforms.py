@@ -78,6 +78,7 @@ def test_vmap_over_nothing(batch, implementation):
     x, y, _, w = batch
     gradient = jax.vmap(jax.grad(ours(implementation)), (0, None, None))(x[:0], y[0], w[0])
     assert gradient.shape == (0, 4, 37)
+    assert jax.vmap(ours(implementation), (None, None, 0))(x[0], y[0], w[:0]).shape == (0,)
 
 
 @each_implementation
@@ -132,6 +133,27 @@ def test_hessian_vector_product(batch, implementation):
         return jax.grad(lambda x: jnp.vdot(jax.grad(loss)(x, y, w), jnp.cos(x)))(x)
 
     close(product(ours(implementation)), product(plain_loss))
+
+
+@each_implementation
+def test_hessian_vector_product_beside_rows_left_out(batch, implementation):
+    x, y, _, _ = (array[0] for array in batch)
+
+    def loss(x):
+        rows = cross_entropy(x, y, reduction="none", implementation=implementation)
+        return jnp.where(jnp.arange(4) == 1, 0.0, rows).sum()
+
+    product = jax.grad(lambda x: jnp.vdot(jax.grad(loss)(x), jnp.ones_like(x)))(x.at[1].set(jnp.nan))
+    assert np.isfinite(product).all()
+
+
+def test_calls_outside_of_jit_compile_once(batch, caplog):
+    x, y, _, w = (array[0] for array in batch)
+    call = lambda: jax.value_and_grad(lambda x: cross_entropy(x, y, w))(x)  # noqa: E731
+    call()
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        call()
+    assert [record.message for record in caplog.records if "Compiling" in record.message] == []
 
 
 @each_implementation

@@ -25,7 +25,7 @@ class Stats(NamedTuple):
 
 
 def choose_implementation(implementation: str | None, device: torch.device) -> str:
-    """'triton' on CUDA and ROCm devices where Triton is installed, 'reference' elsewhere; an impossible wish raises."""
+    """'triton' on CUDA devices where Triton is installed, 'reference' elsewhere; an impossible wish raises."""
     check_implementation(implementation)
     if implementation == "reference":
         return "reference"
@@ -123,7 +123,9 @@ def scaled(values: Tensor, scale: Tensor, implementation: str) -> Tensor:
             BLOCK=block,
             num_warps=8,  # pyright: ignore[reportCallIssue]
         )
-    return values
+    # `.data`: its receiver may write to it (.grad accumulates in place) without invalidating the node that saved it,
+    # which never reads it again.
+    return values.data
 
 
 def _dtype_name(tensor: Tensor) -> str:

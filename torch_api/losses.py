@@ -12,6 +12,7 @@ from ce_kernels.checks import (
     check_logits,
     check_target,
     check_weight,
+    denominator_error,
     is_number,
     label_error,
 )
@@ -100,6 +101,8 @@ def cross_entropy(
     if (
         torch.is_grad_enabled()
         and rows.logits.requires_grad
+        # Loss scaling exists because p / N is below fp16's range: round only after the upstream gradient is known.
+        and rows.logits.dtype != torch.float16
         and not any(other is not None and other.requires_grad for other in others)
     ):
         if divisor is None:
@@ -238,8 +241,7 @@ def _divisor(rows: _Rows, denominator: float | Tensor | None) -> Tensor:
         return denominator.reshape(()).to(device=device, dtype=dtype, non_blocking=True)
     if denominator is not None:
         if not is_number(denominator):
-            passed = f"denominator of type {type(denominator).__name__}"
-            fail(TypeError, passed, "a number or a tensor of one element", "denominator=float(count)")
+            denominator_error(denominator)
         return torch.full((), denominator, dtype=dtype, device=device)
     if rows.target.is_floating_point():
         return torch.full((), len(rows.logits), dtype=dtype, device=device)

@@ -95,9 +95,7 @@ class FusedLoss(Function):
             )
         else:
             ctx.spent = True
-            # `.data`: its receiver may write to it (.grad accumulates in place) without invalidating this node's saved
-            # tensors; nothing reads this one again.
-            dlogits = launch.scaled(dlogits, g, ctx.implementation).data
+            dlogits = launch.scaled(dlogits, g, ctx.implementation)
         return dlogits, None, None, None, None, None
 
 

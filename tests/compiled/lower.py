@@ -21,8 +21,8 @@ def operations(block):
                 yield from operations(inner)
 
 
-def custom_calls(function, *shapes):
-    module = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).compiler_ir()
+def custom_calls(traced):
+    module = traced.lower(lowering_platforms=("cuda",)).compiler_ir()
     calls = []
     for op in operations(module.body):
         if op.name != "stablehlo.custom_call" or "triton" not in str(op.attributes["call_target_name"]):
@@ -52,13 +52,15 @@ def row_gradients(x, y):
 def main():
     x = jax.ShapeDtypeStruct((N, V), jnp.bfloat16)
     y = jax.ShapeDtypeStruct((N,), jnp.int32)
-    on_cpu = jax.jit(jax_api.cross_entropy).trace(x, y).lower(lowering_platforms=("cpu",)).as_text()
-    report = {
-        "train": custom_calls(jax.value_and_grad(jax_api.cross_entropy), x, y),
-        "evaluate": custom_calls(jax_api.cross_entropy, x, y),
-        "rows": custom_calls(row_gradients, x, y),
-        "cpu": "triton" in on_cpu,
+    functions = {
+        "train": jax.value_and_grad(jax_api.cross_entropy),
+        "evaluate": jax_api.cross_entropy,
+        "rows": row_gradients,
     }
+    # Traced once, lowered for both.
+    traced = {name: jax.jit(function).trace(x, y) for name, function in functions.items()}
+    report: dict = {name: custom_calls(program) for name, program in traced.items()}
+    report["cpu"] = any("triton" in program.lower(lowering_platforms=("cpu",)).as_text() for program in traced.values())
     print(json.dumps(report))
 
 
