@@ -35,5 +35,6 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[jax,torch,examples,test,dev]"
-	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt jax-cuda13-plugin
+	test "$$(uname)" != Linux || \
+		$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt jax-cuda13-plugin
 	touch $@
