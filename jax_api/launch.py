@@ -260,7 +260,7 @@ def _launch(launch: Launch, arguments: dict, shapes: dict[str, jax.ShapeDtypeStr
     kernel = getattr(kernels, launch.kernel)
     absent = dict.fromkeys(set(kernel.arg_names) - {name for name, _ in launch.constants} - set(shapes))
     with warnings.catch_warnings():
-        # jax-triton prefers Refs, which lose the varying-axes type under shard_map; aliases work everywhere.
+        # jax-triton prefers Refs, which lose the varying-axes type inside cond and scan under shard_map.
         warnings.filterwarnings("ignore", "input_output_aliases is deprecated", DeprecationWarning)
         out = triton_call(
             kernel=kernel,

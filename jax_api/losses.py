@@ -60,8 +60,8 @@ def cross_entropy(
 
     Args:
         logits: any shape, classes along `axis`; float16, bfloat16, float32 or float64.
-        labels: class indices of any integer dtype in the shape of logits without `axis`, or class probabilities in the
-            shape of logits. Gradients flow to logits, to soft labels and to weight.
+        labels: class indices (integers, no JAX uint64) in the shape of logits without `axis`, or class probabilities in
+            the shape of logits. Gradients flow to logits, to soft labels and to weight.
         weight: class weights [C], floating point.
         axis: the class axis.
         ignore_index: rows with this class index have loss 0 and no gradient. None ignores none.
@@ -190,10 +190,10 @@ def _class_rows(array: Array, axis: int) -> Array:
 def as_array(name: str, value: ArrayLike) -> Array:
     if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
         fail(TypeError, f"{name} of type {type(value).__name__}", "a JAX or NumPy array", f"jnp.asarray({name})")
-    if isinstance(value, np.ndarray | np.generic) and value.dtype == np.int64:
+    if isinstance(value, np.ndarray | np.generic) and value.dtype in (np.int64, np.uint64):
         # Without x64 JAX would wrap them; clipped, labels beyond int32 stay out of range.
         limits = jnp.iinfo(jax.dtypes.canonicalize_dtype(np.int64))
-        value = np.clip(value, limits.min, limits.max)
+        value = np.clip(value, max(limits.min, np.iinfo(value.dtype).min), limits.max).astype(np.int64)
     return jnp.asarray(value)
 
 

@@ -1,5 +1,7 @@
 """Optax's two softmax losses by name and signature, over the same kernels."""
 
+import math
+
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -106,7 +108,7 @@ def _classes_last(
 
     def flatten(x: Array) -> Array:
         x = x.transpose(order)
-        return x.reshape(*x.shape[:rows], -1)
+        return x.reshape(*x.shape[:rows], math.prod(x.shape[rows:]))
 
     if where is None:
         return flatten(array), None, False

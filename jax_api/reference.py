@@ -55,30 +55,52 @@ def grad(
     dlse: Array | None,
     options: Options,
     with_dtarget: bool,
+    skip_zero: bool = True,
 ) -> tuple[Array, Array | None]:
-    """dlogits = slope·(a·p − b·q), and (with_dtarget) dtarget = b·(1−α)·w·(lse − x), each in its input's dtype."""
+    """dlogits = slope·(a·p − b·q), and (with_dtarget) dtarget = b·(1−α)·w·(lse − x), each in its input's dtype.
+
+    skip_zero: a row without upstream gradient has none, whatever it holds. It cuts the derivative by the upstream
+    gradient at 0, so second derivatives go without it.
+    """
     r = logits.astype(lse.dtype)
     x, slope = _transform(r, options)
     t, ignored, _ = _targets(target, x, options)
     b = jnp.where(ignored, 0.0, dloss)
-    a = jnp.where(b == 0, 0.0, b * (target_sum + 2.0 * options.z_loss * lse))
+    a = b * (target_sum + 2.0 * options.z_loss * lse)
+    if skip_zero:
+        a = jnp.where(b == 0, 0.0, a)
     if dlse is not None:
         a = a + dlse
-    # A row without upstream gradient has none, whatever it holds.
-    skip = (a == 0) & (b == 0)
-    x = jnp.where(skip[:, None], 0.0, x)
-    safe_lse = jnp.where(skip, 0.0, lse)[:, None]
     q = jnp.where(x == -jnp.inf, 0.0, _mass(t, weight, options))
-    dlogits = a[:, None] * jnp.exp(x - safe_lse) - b[:, None] * q
+    dlogits = a[:, None] * jnp.exp(x - lse[:, None]) - b[:, None] * q
     if slope is not None:
-        dlogits = dlogits * jnp.where(skip[:, None], 0.0, slope)
+        dlogits = dlogits * slope
+    if skip_zero:
+        dlogits = jnp.where(((a == 0) & (b == 0))[:, None], 0.0, dlogits)
     if not with_dtarget:
         return dlogits.astype(logits.dtype), None
     coefficient = b[:, None] * (1.0 - options.label_smoothing)
     if weight is not None:
         coefficient = coefficient * weight.astype(x.dtype)
-    dtarget = coefficient * jnp.where(coefficient == 0, 0.0, safe_lse - x)
+    skip = (coefficient == 0) & (skip_zero | (x == -jnp.inf))
+    dtarget = coefficient * jnp.where(skip, 0.0, lse[:, None] - x)
     return dlogits.astype(logits.dtype), dtarget.astype(target.dtype)
+
+
+def without_dead_rows(
+    logits: Array, target: Array, weight: Array | None, dloss: Array, dlse: Array | None, options: Options
+) -> tuple[Array, Array]:
+    """logits and target with 0 in rows without upstream gradient whose loss or lse is not finite: 0·NaN is NaN."""
+    loss, lse, _, _ = lax.stop_gradient(stats(logits, target, weight, options, with_argmax=True))
+    hard = not jnp.issubdtype(target.dtype, jnp.floating)
+    ignored = (
+        target == options.ignore_index if hard and options.ignore_index is not None else jnp.zeros_like(loss, bool)
+    )
+    dead = ((dloss == 0) | ignored) & ~(jnp.isfinite(loss) & jnp.isfinite(lse))
+    if dlse is not None:
+        dead &= dlse == 0
+    safe = jnp.where(dead & ~ignored, 0, target) if hard else jnp.where(dead[:, None], 0.0, target)
+    return jnp.where(dead[:, None], 0.0, logits), safe.astype(target.dtype)
 
 
 def _transform(r: Array, options: Options) -> tuple[Array, Array | None]:

@@ -71,12 +71,11 @@ def _row_gradients_bwd(static, residuals, cotangents):
 
     def plain(logits, soft_target, weight, dloss, dlse):
         labels = soft_target if soft else target
-        # What a row without upstream gradient holds may be NaN, and 0·NaN is NaN.
-        dead = (dloss == 0) & (True if dlse is None else dlse == 0)
-        logits = jnp.where(dead[:, None], 0.0, logits)
+        logits, labels = reference.without_dead_rows(logits, labels, weight, dloss, dlse, static.options)
         # Ignored rows have an lse only where one was asked for.
         _, lse, target_sum, _ = reference.stats(logits, labels, weight, static.options, static.with_argmax)
-        return reference.grad(logits, labels, weight, lse, target_sum, dloss, dlse, static.options, with_dtarget=soft)
+        upstream = (lse, target_sum, dloss, dlse)
+        return reference.grad(logits, labels, weight, *upstream, static.options, with_dtarget=soft, skip_zero=False)
 
     _, pull = jax.vjp(plain, logits, target if soft else None, weight, dloss, dlse)
     dlogits, dtarget, dweight, ddloss, ddlse = pull(cotangents)
@@ -131,8 +130,7 @@ def _mean_loss_bwd(static, residuals, g):
     dtarget = None
     if jnp.issubdtype(target.dtype, jnp.floating):
         # Unused unless the soft targets are differentiated, and then removed by XLA.
-        plain = (logits, target, weight, lse, target_sum, dloss, None, static.options)
-        _, dtarget = reference.grad(*plain, with_dtarget=True)
+        _, dtarget = row_gradients(static, logits, target, weight, lse, target_sum, dloss, None)
     dweight = weight_gradient(static, logits, target, weight, dloss)
     scaled = (dlogits.astype(g.dtype) * g).astype(dlogits.dtype)
     return scaled, dtarget, dweight, -g * loss / denominator
@@ -147,8 +145,7 @@ def weight_gradient(static: Static, logits: Array, target: Array, weight: Array 
         return None
 
     def plain(weight):
-        safe = jnp.where((dloss == 0)[:, None], 0.0, logits)
-        rows = reference.stats(safe, target, weight, static.options, with_argmax=False)[0]
-        return jnp.where(dloss == 0, 0.0, dloss * rows).sum()
+        safe, labels = reference.without_dead_rows(logits, target, weight, dloss, None, static.options)
+        return (dloss * reference.stats(safe, labels, weight, static.options, with_argmax=False)[0]).sum()
 
     return jax.grad(plain)(weight)

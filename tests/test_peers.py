@@ -284,6 +284,21 @@ def test_create_graph_is_not_detached(torch_api, rng, reduction):
 
 
 @each_torch
+def test_second_derivatives_where_the_upstream_gradient_is_zero(torch_api, rng):
+    logits, labels = logits_and_labels(torch_api, rng, n_classes=20, dtype=torch.float64)
+
+    def mixed(loss_function):
+        leaf, eps = logits.clone().requires_grad_(), torch.zeros(6, dtype=torch.float64, device=logits.device)
+        eps.requires_grad_()
+        (grad,) = torch.autograd.grad((eps * loss_function(leaf)).sum(), leaf, create_graph=True)
+        return torch.autograd.grad((grad + leaf).sin().sum(), (eps, leaf))
+
+    ours = mixed(lambda x: cross_entropy(x, labels, reduction="none", implementation=torch_api.implementation))
+    torch.testing.assert_close(ours, mixed(lambda x: F.cross_entropy(x, labels, reduction="none")))
+    assert ours[0].abs().min() > 0
+
+
+@each_torch
 def test_padded_lanes_are_not_counted(torch_api):
     # Equal logits far below 0: a lane padded with 0 would own the whole sum.
     for n_classes in (1, 3, 127, 129, 1025):
@@ -392,6 +407,12 @@ def test_optax_axes(rng):
     for axis in (1, -2, (1, 2), None):
         theirs = optax.softmax_cross_entropy(logits, soft, axis=axis)
         np.testing.assert_allclose(jax_api.softmax_cross_entropy(logits, soft, axis=axis), theirs)
+
+
+def test_optax_no_rows():
+    for labels in (jnp.zeros(0, int), jnp.zeros((0, 4))):
+        name = "softmax_cross_entropy" + ("_with_integer_labels" if labels.ndim == 1 else "")
+        assert getattr(jax_api, name)(jnp.zeros((0, 4)), labels).shape == (0,)
 
 
 def test_optax_mistakes_are_not_accepted():

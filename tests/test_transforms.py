@@ -147,6 +147,28 @@ def test_hessian_vector_product_beside_rows_left_out(batch, implementation):
     assert np.isfinite(product).all()
 
 
+@each_implementation
+def test_second_derivatives_where_the_upstream_gradient_is_zero(batch, implementation):
+    """The gradient is linear in its upstream: learning to reweight starts at 0 and needs that derivative."""
+    x, y, soft, w = (array[0] for array in batch)
+    for target, argnums in ((y, (0, 2)), (soft, (0, 1, 2))):
+
+        def by_weight_of_rows(loss, target=target, argnums=argnums):
+            def outer(eps):
+                inner = jax.grad(lambda *a: (eps * loss(*a)).sum(), argnums)(x, target, w)
+                return sum(jnp.sin(g + jnp.arange(g.shape[-1])).sum() for g in inner)
+
+            return jax.grad(outer)(jnp.zeros(4))
+
+        def at_a_minimum(loss, target=target):
+            start = loss(x, target, w)
+            gradient = jax.grad(lambda x: ((loss(x, target, w) - start) ** 2).sum())
+            return jax.grad(lambda x: jnp.vdot(gradient(x), jnp.cos(x)))(x)
+
+        for derivative in (by_weight_of_rows, at_a_minimum):
+            close(derivative(ours(implementation, "none")), derivative(lambda *a: plain_loss(*a, "none")))
+
+
 def test_calls_outside_of_jit_compile_once(batch, caplog):
     x, y, _, w = (array[0] for array in batch)
     call = lambda: jax.value_and_grad(lambda x: cross_entropy(x, y, w))(x)  # noqa: E731

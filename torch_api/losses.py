@@ -58,7 +58,7 @@ def cross_entropy(
 
     Args:
         input: logits (C), (N, C) or (N, C, d1, …), float16, bfloat16, float32 or float64; or any shape with `dim`.
-        target: class indices of any integer dtype in the shape of input without its class dimension, or class
+        target: class indices (integers, no uint64) in the shape of input without its class dimension, or class
             probabilities in the shape of input. Gradients flow to input, to probabilities and to weight.
         weight: class weights [C], floating point.
         ignore_index: rows with this class index have loss 0 and no gradient. None ignores none.

@@ -58,12 +58,19 @@ def grad(
     dlse: Tensor | None,
     options: Options,
     with_dtarget: bool,
+    skip_zero: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """dlogits = slope·(a·p − b·q), and (with_dtarget) dtarget = b·(1−α)·w·(lse − x), each in its input's dtype."""
+    """dlogits = slope·(a·p − b·q), and (with_dtarget) dtarget = b·(1−α)·w·(lse − x), each in its input's dtype.
+
+    skip_zero: a row without upstream gradient has none, whatever it holds. It cuts the derivative by the upstream
+    gradient at 0, so second derivatives go without it.
+    """
     x, slope = _transform(logits.to(lse.dtype), options)
     label, spread = _targets(x, target, weight, options)
     b = torch.where(label.ignored, 0.0, dloss)
-    a = torch.where(b == 0, 0.0, b * (target_sum + 2.0 * options.z_loss * lse))
+    a = b * (target_sum + 2.0 * options.z_loss * lse)
+    if skip_zero:
+        a = torch.where(b == 0, 0.0, a)
     if dlse is not None:
         a = a + dlse
     dlogits = a[:, None] * (x - lse[:, None]).exp_()
@@ -74,26 +81,33 @@ def grad(
         dlogits = dlogits - torch.where(x == -torch.inf, 0.0, b[:, None] * spread)
     if slope is not None:
         dlogits = dlogits * slope
-    # A row without upstream gradient has none, whatever it holds.
-    skip = ((a == 0) & (b == 0))[:, None]
-    dlogits = dlogits.masked_fill_(skip, 0.0)
+    if skip_zero:
+        dlogits = dlogits.masked_fill_(((a == 0) & (b == 0))[:, None], 0.0)
     if not with_dtarget:
         return dlogits.to(logits.dtype), None
     coefficient = b[:, None] * (1.0 - options.label_smoothing)
     if weight is not None:
         coefficient = coefficient * weight.to(x.dtype)
-    dtarget = coefficient * torch.where(coefficient == 0, 0.0, lse[:, None] - x)
+    skip = (coefficient == 0) & (skip_zero | (x == -torch.inf))
+    dtarget = coefficient * torch.where(skip, 0.0, lse[:, None] - x)
     return dlogits.to(logits.dtype), dtarget.to(target.dtype)
 
 
-def without_dead_rows(logits: Tensor, target: Tensor, dloss: Tensor, dlse: Tensor | None, options: Options) -> Tensor:
-    """logits with 0 in rows that have no upstream gradient: what they hold may be NaN, and 0·NaN is NaN."""
-    dead = dloss == 0
-    if not target.is_floating_point() and options.ignore_index is not None:
-        dead = dead | (target == options.ignore_index)
-    if dlse is not None:
-        dead = dead & (dlse == 0)
-    return torch.where(dead[:, None], 0.0, logits)
+def without_dead_rows(
+    logits: Tensor, target: Tensor, weight: Tensor | None, dloss: Tensor, dlse: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor]:
+    """logits and target with 0 in rows without upstream gradient whose loss or lse is not finite: 0·NaN is NaN."""
+    with torch.no_grad():
+        loss, lse, _, _ = stats(logits, target, weight, options, with_argmax=True)
+        hard = not target.is_floating_point()
+        ignored = torch.zeros_like(loss, dtype=torch.bool)
+        if hard and options.ignore_index is not None:
+            ignored = target == options.ignore_index
+        dead = ((dloss == 0) | ignored) & ~(loss.isfinite() & lse.isfinite())
+        if dlse is not None:
+            dead &= dlse == 0
+    safe = torch.where(dead & ~ignored, 0, target) if hard else torch.where(dead[:, None], 0.0, target)
+    return torch.where(dead[:, None], 0.0, logits), safe
 
 
 class _Label(NamedTuple):

@@ -61,12 +61,11 @@ class RowGradients(Function):
     @staticmethod
     def backward(ctx, ddlogits, ddtarget):
         def plain(logits, target, weight, dloss, dlse):
-            logits = reference.without_dead_rows(logits, target, dloss, dlse, ctx.options)
+            logits, target = reference.without_dead_rows(logits, target, weight, dloss, dlse, ctx.options)
             # Ignored rows have an lse only where one was asked for.
             _, lse, target_sum, _ = reference.stats(logits, target, weight, ctx.options, with_argmax=dlse is not None)
-            return reference.grad(
-                logits, target, weight, lse, target_sum, dloss, dlse, ctx.options, with_dtarget=ctx.with_dtarget
-            )
+            upstream = (lse, target_sum, dloss, dlse)
+            return reference.grad(logits, target, weight, *upstream, ctx.options, ctx.with_dtarget, skip_zero=False)
 
         wanted = ctx.needs_input_grad[:3] + ctx.needs_input_grad[5:7]
         cotangents = (ddlogits, ddtarget)
@@ -102,9 +101,9 @@ class FusedLoss(Function):
 def _weight_gradient(logits, target, weight, dloss, options: Options) -> Tensor | None:
     # Plain operations: class weights that are trained are rare, and their gradient reduces over rows, not classes.
     def plain(logits, target, weight, dloss):
-        logits = reference.without_dead_rows(logits, target, dloss, None, options)
+        logits, target = reference.without_dead_rows(logits, target, weight, dloss, None, options)
         rows = reference.stats(logits, target, weight, options, with_argmax=False)[0]
-        return (torch.where(dloss == 0, 0.0, dloss * rows).sum(),)
+        return ((dloss * rows).sum(),)
 
     one = torch.ones((), dtype=dloss.dtype, device=dloss.device)
     return _plain_gradients(plain, (logits, target, weight, dloss), (False, False, True, False), (one,))[2]
