@@ -20,6 +20,7 @@ from jax import Array, lax
 from jax.custom_batching import custom_vmap
 
 from ce_kernels import Launch, Options, Problem, plan_fused, plan_grad, plan_stats
+from ce_kernels.launch import has_clusters
 from ce_kernels.spec import check_implementation, fail
 from jax_api import reference
 
@@ -233,7 +234,17 @@ def _problem(logits: Array, target: Array) -> Problem:
         logits_stride=n_classes,
         target_stride=n_classes if target.ndim == 2 else 1,
         total_classes=n_classes,
+        clusters=_has_clusters(),
     )
+
+
+@lru_cache
+def _has_clusters() -> bool:
+    # Programs lowered on a host without a GPU are for every supported one.
+    if jax.default_backend() != "gpu":
+        return False
+    capability = getattr(jax.devices()[0], "compute_capability", "0")
+    return capability.replace(".", "").isdigit() and has_clusters(int(capability.replace(".", "")))
 
 
 def _run(launch: Launch, options: Options, logits: Array, operands: dict[str, Array | None]) -> dict[str, Array]:
@@ -267,10 +278,8 @@ def _launch(launch: Launch, arguments: dict, shapes: dict[str, jax.ShapeDtypeStr
             out_type=list(shapes.values()),
             grid=launch.grid,
             name=launch.kernel,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
             compute_capability=None if jax.default_backend() == "gpu" else BASELINE_CAPABILITY,
-            backend_options={"ptx_version": PTX_VERSION, "enable_fp_fusion": launch.enable_fp_fusion},
+            backend_options={"ptx_version": PTX_VERSION, **launch.options},
             input_output_aliases={0: len(shapes) - 1} if launch.in_place else None,
             **absent | arguments | dict(launch.constants),
         )

@@ -62,5 +62,6 @@ def test_cpu_programs_hold_no_kernel(lowered):
     assert lowered["cpu"] is False
 
 
-def test_every_kernel_compiles_for_every_dtype_from_ampere_to_blackwell():
-    assert run_compiled("tests.compiled.compile_all") == {"compiled": 4 * 3 * 3 * 3}
+def test_every_kernel_compiles_for_every_dtype_from_ampere_to_blackwell_and_for_amd():
+    nvidia, amd = 3 * 4, 1
+    assert run_compiled("tests.compiled.compile_all") == {"compiled": (nvidia + amd) * 3 * 3}

@@ -5,12 +5,14 @@ Arguments are rows: logits [N, V] with unit stride in the classes, target [N] or
 
 import importlib.util
 import os
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ce_kernels import Launch, Options, Problem, plan_fused, plan_grad, plan_stats
+from ce_kernels.launch import has_clusters
 from ce_kernels.spec import check_implementation, fail
 from torch_api import reference
 
@@ -143,7 +145,17 @@ def _problem(logits: Tensor, target: Tensor) -> Problem:
         logits_stride=logits.stride(0) if n_rows > 1 else n_classes,
         target_stride=target.stride(0) if n_rows > 1 else n_classes if target.ndim == 2 else 1,
         total_classes=n_classes,
+        aligned=logits.data_ptr() % 16 == 0,
+        clusters=_has_clusters(logits.device),
     )
+
+
+@lru_cache
+def _has_clusters(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    major, minor = torch.cuda.get_device_capability(device)
+    return has_clusters(10 * major + minor)
 
 
 def _on_device(tensor: Tensor):
@@ -171,10 +183,5 @@ def _run(launch: Launch, options: Options, logits: Tensor, operands: dict[str, T
     kernel = getattr(kernels, launch.kernel)
     arguments = dict.fromkeys(kernel.arg_names) | {"logits_ptr": logits} | operands | scalars | out | constants
     with _on_device(logits):
-        kernel[launch.grid](
-            **arguments,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-            enable_fp_fusion=launch.enable_fp_fusion,
-        )
+        kernel[launch.grid](**arguments, **launch.options)
     return out
