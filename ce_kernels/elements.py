@@ -34,6 +34,15 @@ def power(x):
 
 
 @triton.jit
+def reciprocal(x):
+    # To 2 ulp, in two instructions instead of eight.
+    if x.dtype == tl.float64 or INTERPRETED:
+        return 1.0 / x
+    else:
+        return libdevice.fast_dividef(tl.full(x.shape, 1.0, x.dtype), x)
+
+
+@triton.jit
 def logarithm(x):
     return tl.log(x) if x.dtype == tl.float64 else tl.log2(x)
 
@@ -70,9 +79,10 @@ def transform(r, logit_scale, softcap):
         slope = slope * logit_scale
     if softcap is not None:
         # exp of a non-positive number only: no overflow, and sech² keeps its relative precision where tanh saturates.
-        e = tl.exp(-2.0 * tl.abs(x / softcap))
-        tanh = (1.0 - e) / (1.0 + e)
-        slope = slope * (4.0 * e / ((1.0 + e) * (1.0 + e)))
+        e = power(-tl.abs(x) * (2.0 * per_nat_of(x.dtype) / softcap))
+        w = reciprocal(1.0 + e)
+        slope = slope * (4.0 * e * w * w)
+        tanh = (1.0 - e) * w
         x = softcap * tl.where(x < 0, -tanh, tanh)
     if logit_scale is not None or softcap is not None:
         masked = r == float("-inf")
@@ -124,6 +134,15 @@ def row_target(
         ignored = label == ignore_index
     invalid = (label < 0) | (label >= TOTAL_CLASSES)
     return tl.where(inside, column, -(2**31)).to(tl.int32), mass, x, ignored, invalid
+
+
+@triton.jit
+def uniform_mass(label_smoothing, weight_ptr, TOTAL_CLASSES: tl.constexpr, SOFT_TARGETS: tl.constexpr):
+    """The spread mass where it is the same for every class: α/V. None where it is not, or where there is none."""
+    if SOFT_TARGETS or label_smoothing is None or weight_ptr is not None:
+        return None
+    else:
+        return label_smoothing / TOTAL_CLASSES
 
 
 @triton.jit

@@ -14,8 +14,8 @@ This module imports triton, so nothing but a launch may import it.
 import triton
 import triton.language as tl
 
-from ce_kernels.elements import mask_of, row_start, row_target, scalar
-from ce_kernels.passes import exponent, row_statistics, store_gradient_block, store_statistics, upstream
+from ce_kernels.elements import mask_of, row_start, row_target, scalar, uniform_mass
+from ce_kernels.passes import exponent, row_statistics, store_block, store_gradient_block, store_statistics, upstream
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
@@ -71,8 +71,8 @@ def cross_entropy_stats_kernel(
     )  # fmt: skip
     store_statistics(
         c, d, qx, q_sum, best, best_col, row, mass, label_x, ignored, invalid,
-        scalar(z_loss, DTYPE, SCALARS_IN_MEMORY), loss_ptr, lse_ptr, target_sum_ptr, predicted_ptr,
-        SOFT_TARGETS or label_smoothing is not None, N_CLASSES, DTYPE,
+        uniform_mass(alpha, weight_ptr, TOTAL_CLASSES, SOFT_TARGETS), scalar(z_loss, DTYPE, SCALARS_IN_MEMORY),
+        loss_ptr, lse_ptr, target_sum_ptr, predicted_ptr, SOFT_TARGETS or label_smoothing is not None, N_CLASSES, DTYPE,
     )  # fmt: skip
 
 
@@ -212,8 +212,9 @@ def cross_entropy_fused_kernel(
         N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, BLOCK, GROUP, SHIFTED, UNROLL, EAGER, DTYPE,
     )  # fmt: skip
     lse, s = store_statistics(
-        c, d, qx, q_sum, best, best_col, row, mass, label_x, ignored, invalid, z_weight, loss_ptr, lse_ptr,
-        target_sum_ptr, None, SOFT_TARGETS or label_smoothing is not None, N_CLASSES, DTYPE,
+        c, d, qx, q_sum, best, best_col, row, mass, label_x, ignored, invalid,
+        uniform_mass(alpha, weight_ptr, TOTAL_CLASSES, SOFT_TARGETS), z_weight, loss_ptr, lse_ptr, target_sum_ptr, None,
+        SOFT_TARGETS or label_smoothing is not None, N_CLASSES, DTYPE,
     )  # fmt: skip
 
     dloss = tl.where(ignored, 0.0, 1.0 / denominator)
@@ -244,12 +245,9 @@ def cross_entropy_fused_kernel(
                 GROUP, SHIFTED, DTYPE,
             )  # fmt: skip
     else:
+        zeros = tl.zeros([BLOCK], dlogits_row_ptr.dtype.element_ty)
         for step in tl.range(0, END, BLOCK):
-            store_gradient_block(
-                step, logits_row_ptr, target_row_ptr, weight_ptr, shift, active, column, mass, a, dloss, lse2, alpha,
-                scale, cap, dlogits_row_ptr, None, True, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, WIDE_STORES, BLOCK,
-                GROUP, SHIFTED, DTYPE,
-            )  # fmt: skip
+            store_block(dlogits_row_ptr, zeros, step, shift, True, N_CLASSES, WIDE_STORES, BLOCK, GROUP, SHIFTED)
 
 
 @triton.jit
@@ -258,7 +256,13 @@ def scale_kernel(values_ptr, scale_ptr, n, BLOCK: tl.constexpr):
     scale = tl.load(scale_ptr)
     if scale != 1:
         first = tl.program_id(0).to(tl.int64) * BLOCK
-        for start in tl.range(first, n, tl.num_programs(0).to(tl.int64) * BLOCK):
-            cols = start + tl.arange(0, BLOCK)
+        stride = tl.num_programs(0).to(tl.int64) * BLOCK
+        whole = n // BLOCK * BLOCK
+        for start in tl.range(first, whole, stride, loop_unroll_factor=2):
+            ptrs = values_ptr + start + tl.arange(0, BLOCK)
+            values = tl.load(ptrs, eviction_policy="evict_first").to(scale.dtype)
+            tl.store(ptrs, (values * scale).to(values_ptr.dtype.element_ty), cache_modifier=".cs")
+        if tl.program_id(0) == 0:
+            cols = whole + tl.arange(0, BLOCK)
             values = tl.load(values_ptr + cols, mask=cols < n).to(scale.dtype)
             tl.store(values_ptr + cols, (values * scale).to(values_ptr.dtype.element_ty), mask=cols < n)

@@ -40,6 +40,11 @@ class Problem:
         return ITEMSIZE[self.logits_dtype]
 
     @property
+    def row_bytes(self) -> int:
+        """What a pass reads of one row, logits and soft targets, in the logits' dtype."""
+        return self.n_classes * self.itemsize * (2 if self.soft_targets else 1)
+
+    @property
     def group(self) -> int:
         """How many neighbouring logits one thread reads at once: 16 bytes."""
         return 16 // self.itemsize

@@ -7,7 +7,7 @@ This module imports triton, so nothing but a launch may import it.
 import triton
 import triton.language as tl
 
-from ce_kernels.elements import load_logits, logarithm, mask_of, per_nat_of, power, spread_mass, transform
+from ce_kernels.elements import load_logits, logarithm, mask_of, per_nat_of, power, spread_mass, transform, uniform_mass
 
 
 @triton.jit
@@ -48,7 +48,13 @@ def statistics_block(
     # A group of only −inf must not make −inf − (−inf) = NaN.
     base = tl.where(c_new == float("-inf"), 0.0, c_new)
     d = d * power(c - base) + tl.sum(power(tl.fma(grouped, per_nat, -base[:, None])), axis=1)
-    if SOFT_TARGETS or label_smoothing is not None:
+    if uniform_mass(label_smoothing, weight_ptr, TOTAL_CLASSES, SOFT_TARGETS) is not None:
+        # Σx is enough.
+        if EDGE:
+            cols = start + tl.arange(0, BLOCK) - shift
+            x = tl.where((cols >= 0) & (cols < N_CLASSES), x, 0.0)
+        qx += tl.sum(tl.reshape(x, [GROUPS, GROUP]), axis=1)
+    elif SOFT_TARGETS or label_smoothing is not None:
         cols = start + tl.arange(0, BLOCK) - shift
         inside = active & (cols >= 0) & (cols < N_CLASSES)
         q = spread_mass(cols, inside, target_row_ptr, weight_ptr, label_smoothing, TOTAL_CLASSES, SOFT_TARGETS, DTYPE)
@@ -130,6 +136,7 @@ def store_statistics(
     label_x,
     ignored,
     invalid,
+    uniform,
     z_loss,
     loss_ptr,
     lse_ptr,
@@ -141,6 +148,7 @@ def store_statistics(
 ):  # fmt: skip
     """Merges the groups' running values and writes the row's loss, lse, s = Σq and argmax.
 
+    Where there is a uniform mass, qx holds Σx instead of Σq·x.
     Returns lse and s.
     """
     per_nat = per_nat_of(DTYPE)
@@ -150,7 +158,11 @@ def store_statistics(
     s = label_mass
     # Against the row's maximum first: a confident row keeps its small loss.
     loss = tl.where(label_mass != 0, -label_mass * tl.fma(label_x, per_nat, -base) / per_nat, 0.0)
-    if SPREAD:
+    if uniform is not None:
+        spread = N_CLASSES * uniform
+        s = s + spread
+        loss += spread * base / per_nat - uniform * tl.sum(qx, axis=0)
+    elif SPREAD:
         spread = tl.sum(q_sum, axis=0)
         s = s + spread
         loss += spread * base / per_nat - tl.sum(qx, axis=0)
@@ -189,6 +201,36 @@ def upstream(lse, s, dloss, dlse, z_loss):
     if dlse is not None:
         a = a + dlse
     return a, mask_of((a != 0) | (dloss != 0))
+
+
+@triton.jit
+def store_block(
+    row_ptr,
+    values,
+    start,
+    shift,
+    EDGE: tl.constexpr,
+    N_CLASSES: tl.constexpr,
+    WIDE_STORES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    SHIFTED: tl.constexpr,
+):
+    """Writes what of a block lies inside the row: by whole groups where WIDE_STORES says that they align."""
+    position = start + tl.arange(0, BLOCK)
+    cols = position - shift
+    inside = (cols >= 0) & (cols < N_CLASSES)
+    ptrs = row_ptr + (position if WIDE_STORES else cols)
+    if not EDGE:
+        tl.store(ptrs, values, cache_modifier=".cs")
+    elif SHIFTED and WIDE_STORES:
+        # The parts of groups at the row's two ends one by one.
+        group = position // GROUP * GROUP
+        whole = (group >= shift) & (group + GROUP <= shift + N_CLASSES)
+        tl.store(ptrs, values, mask=whole, cache_modifier=".cs")
+        tl.store(ptrs, values, mask=inside & ~whole)
+    else:
+        tl.store(ptrs, values, mask=inside, cache_modifier=".cs")
 
 
 @triton.jit
@@ -233,7 +275,10 @@ def store_gradient_block(
     x, slope = transform(r, logit_scale, softcap)
     dx = a * power(tl.fma(x, per_nat_of(DTYPE), -lse2))
     dx = tl.where(cols == label_column, dx - dloss * label_mass, dx)
-    if SOFT_TARGETS or label_smoothing is not None:
+    uniform = uniform_mass(label_smoothing, weight_ptr, TOTAL_CLASSES, SOFT_TARGETS)
+    if uniform is not None:
+        dx = tl.where(x == float("-inf"), dx, dx - dloss * uniform)
+    elif SOFT_TARGETS or label_smoothing is not None:
         q = spread_mass(
             cols, inside & active, target_row_ptr, weight_ptr, label_smoothing, TOTAL_CLASSES, SOFT_TARGETS, DTYPE
         )
@@ -241,17 +286,7 @@ def store_gradient_block(
     if logit_scale is not None or softcap is not None:
         dx = dx * slope
     dlogits = dx.to(dlogits_row_ptr.dtype.element_ty)
-    dlogits_ptrs = dlogits_row_ptr + (position if WIDE_STORES else cols)
-    if not EDGE:
-        tl.store(dlogits_ptrs, dlogits, cache_modifier=".cs")
-    elif SHIFTED and WIDE_STORES:
-        # Whole groups at once; the parts of groups at the row's two ends one by one.
-        group = position // GROUP * GROUP
-        whole = (group >= shift) & (group + GROUP <= shift + N_CLASSES)
-        tl.store(dlogits_ptrs, dlogits, mask=whole, cache_modifier=".cs")
-        tl.store(dlogits_ptrs, dlogits, mask=inside & ~whole)
-    else:
-        tl.store(dlogits_ptrs, dlogits, mask=inside, cache_modifier=".cs")
+    store_block(dlogits_row_ptr, dlogits, start, shift, EDGE, N_CLASSES, WIDE_STORES, BLOCK, GROUP, SHIFTED)
     if dtarget_row_ptr is not None:
         mass = tl.zeros([BLOCK], DTYPE) + dloss
         if label_smoothing is not None:

@@ -64,7 +64,7 @@ LONG_ROW, FEW_ROWS = 2 * 65536, 132
 
 def choose(kernel: str, problem: Problem) -> Config:
     """The configuration for a kernel on a problem."""
-    row_bytes = problem.n_classes * problem.itemsize
+    row_bytes = problem.row_bytes
     long = problem.clusters and row_bytes > LONG_ROW
     if kernel == "fused":
         table = FUSED_CLUSTERS if long else FUSED_SHIFTED if problem.shifted else FUSED

@@ -26,10 +26,10 @@ KERNEL_MUTANTS = {
         "dx = tl.where(cols == label_column, dx - dloss * label_mass, dx)",
         "dx = tl.where(cols == label_column, dx - dloss * label_mass, 1.01 * dx)",
     ),
-    "smoothing_missing_in_gradient": (
-        'dx -= tl.where(x == float("-inf"), 0.0, dloss * q)',
-        "dx -= 0.0 * q",
-    ),
+    "smoothing_missing_in_gradient": ("dx, dx - dloss * uniform)", "dx, dx)"),
+    "spread_missing_in_gradient": ('dx -= tl.where(x == float("-inf"), 0.0, dloss * q)', "dx -= 0.0 * q"),
+    "padded_lanes_in_the_sum_of_logits": ("x = tl.where((cols >= 0) & (cols < N_CLASSES), x, 0.0)", "x = x + 0.0"),
+    "smoothing_over_one_class_more": ("spread = N_CLASSES * uniform", "spread = (N_CLASSES + 1) * uniform"),
     "smoothing_over_one_class_less": (
         "label_smoothing / TOTAL_CLASSES",
         "label_smoothing / (TOTAL_CLASSES - 1)",
@@ -49,8 +49,8 @@ KERNEL_MUTANTS = {
         "(position < shift + N_CLASSES - 1), r",
     ),
     "last_column_dropped_from_gradient": (
-        "inside = (cols >= 0) & (cols < N_CLASSES)\n    r = load_logits",
-        "inside = (cols >= 0) & (cols < N_CLASSES - 1)\n    r = load_logits",
+        "inside = (cols >= 0) & (cols < N_CLASSES)\n    ptrs = row_ptr",
+        "inside = (cols >= 0) & (cols < N_CLASSES - 1)\n    ptrs = row_ptr",
     ),
     "ends_of_rows_not_stored": ("mask=inside & ~whole)", "mask=whole)"),
     "class_weight_ignored_for_label": ("mass = mass * tl.load(weight_ptr + safe).to(DTYPE)", "mass = mass * 1.0"),
@@ -61,7 +61,7 @@ KERNEL_MUTANTS = {
     "first_row_scales_every_row": ("dloss_ptr + row * DLOSS_STRIDE", "dloss_ptr + 0 * row"),
     "masked_group_poisons": ('base = tl.where(c_new == float("-inf"), 0.0, c_new)', "base = c_new"),
     "invalid_label_gives_zero": ('tl.where(invalid, float("nan"), loss)', "tl.where(invalid, 0.0, loss)"),
-    "softcap_slope_missing": ("slope = slope * (4.0 * e / ((1.0 + e) * (1.0 + e)))", "slope = slope * 1.0"),
+    "softcap_slope_missing": ("slope = slope * (4.0 * e * w * w)", "slope = slope * 1.0"),
     "running_sum_not_rescaled": ("d = d * power(c - base) + ", "d = d + "),
     "scale_slope_missing": ("slope = slope * logit_scale", "slope = slope * 1.0"),
     "dtarget_smoothing_missing": (
