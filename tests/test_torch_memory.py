@@ -140,7 +140,7 @@ def test_another_use_of_donated_logits_raises_in_backward(implementation, reduct
 def test_second_backward_and_create_graph_of_donated_logits_raise(implementation, reduction):
     hidden, head, labels = make_problem()
     loss = donated(hidden @ head.T, labels, implementation, reduction=reduction).sum()
-    with pytest.raises(RuntimeError, match="got create_graph=True through donated logits.*write donate_logits=False"):
+    with pytest.raises(RuntimeError, match=r"got create_graph=True through donated logits.*write donate_logits=False"):
         torch.autograd.grad(loss, head, create_graph=True)
     torch.autograd.grad(loss, head, retain_graph=True)
     with pytest.raises(RuntimeError, match="got a second backward through donated logits"):
@@ -223,7 +223,7 @@ def test_modules_are_copied_and_pickled():
     [("plain", 1.0), ("donated", 0.0), ("all_but_last", 1.0), ("donated_none", 0.0), ("classes_first", 1.0)],
 )
 def test_peak_memory(name, buffers):
-    """Beyond the logits, in units of the logits read: one gradient; none with donation; one copy for strided classes."""
+    """In units of the logits, beyond them: one gradient; none with donation; one copy for strided classes."""
     base = torch.randn(4, 513, 32000, device="cuda", dtype=torch.bfloat16)
     if name == "classes_first":
         base = base.transpose(1, 2).contiguous().transpose(1, 2)

@@ -12,15 +12,17 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+import torch.distributed._functional_collectives  # its import teaches tracers the collectives
 from torch import Tensor
 from torch.autograd import Function
-from torch.distributed import ProcessGroup, _functional_collectives, get_rank, get_world_size
+from torch.distributed import ProcessGroup, get_rank, get_world_size
 
 from ce_kernels.spec import fail
 from torch_api import donation, launch, ops, tracing
 from torch_api.arguments import Choices, checked, checked_denominator
 from torch_api.reference import is_ignored
 from torch_api.rows import Inputs, Reducing, RowSpec, Stats, Upstream
+from torch_api.rules import check_donation, taken
 
 
 class Shards(NamedTuple):
@@ -53,9 +55,7 @@ def local_spec(spec: RowSpec, shards: Shards) -> RowSpec:
 
 def cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, choices: Choices, reducing: Reducing) -> Tensor:
     """`torch_api.cross_entropy` of this process's slice of the classes."""
-    group = reducing.process_group
-    assert group is not None
-    inputs, spec, shards = _slices(input, target, weight, choices, group)
+    inputs, spec, shards = _slices(input, target, weight, choices, reducing.process_group)
     if reducing.donate:
         donation.check(inputs.logits)
     out, label_weight = row_losses(inputs, spec, shards, donate=reducing.donate)
@@ -72,7 +72,7 @@ def cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, choices:
 
 
 def cross_entropy_rows(
-    input: Tensor, target: Tensor, weight: Tensor | None, choices: Choices, group: ProcessGroup
+    input: Tensor, target: Tensor, weight: Tensor | None, choices: Choices, group: ProcessGroup | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """loss, lse and argmax of `torch_api.cross_entropy_rows`, of whole rows."""
     out, _ = row_losses(*_slices(input, target, weight, choices, group), with_argmax=True)
@@ -81,8 +81,9 @@ def cross_entropy_rows(
 
 
 def _slices(
-    input: Tensor, target: Tensor, weight: Tensor | None, choices: Choices, group: ProcessGroup
+    input: Tensor, target: Tensor, weight: Tensor | None, choices: Choices, group: ProcessGroup | None
 ) -> tuple[Inputs, RowSpec, Shards]:
+    assert group is not None
     inputs, spec = checked(input, target, weight, choices, slices=get_world_size(group))
     shards = equal_shards(inputs.logits.shape[-1], group)
     return inputs, local_spec(spec, shards), shards
@@ -126,10 +127,8 @@ class _ShardedRowLosses(Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             what = "create_graph=True with a sharded vocabulary"
             fail(RuntimeError, what, "first derivatives", "the loss of gathered logits")
-        if ctx.donate and ctx.spent:
-            what = "a second backward through donated logits"
-            fail(RuntimeError, what, "one backward", "donate_logits=False where the graph is retained")
-        ctx.spent = True
+        if ctx.donate:
+            check_donation(ctx, dloss, dlse)
         logits, target, weight, lse, target_sum = ctx.saved_tensors
         if dloss is None:
             dloss = torch.zeros((), dtype=lse.dtype, device=lse.device).expand(lse.shape)
@@ -139,8 +138,7 @@ class _ShardedRowLosses(Function):
             inputs, upstream, ctx.spec, with_dtarget=ctx.needs_input_grad[1], donate=ctx.donate
         )
         if ctx.donate:
-            torch.autograd.graph.increment_version(logits)
-            dlogits = dlogits.data
+            dlogits = taken(logits, dlogits)
         return dlogits, dtarget, None, None, None, None, None
 
 
@@ -159,7 +157,10 @@ def _gathered(inputs: Inputs, own: Stats, shards: Shards) -> Tensor:
         vectors.append(torch.full_like(own.loss, logits.shape[-1]))
     packed = torch.stack(vectors)[None]
     for group in reversed(shards.groups):
-        packed = _functional_collectives.wait_tensor(_functional_collectives.all_gather_tensor(packed, 0, group))
+        # The operators that torch.distributed's functional collectives are made of: tracers know them.
+        collectives = torch.ops._c10d_functional
+        gathered = collectives.all_gather_into_tensor(packed, get_world_size(group), group.group_name)
+        packed = collectives.wait_tensor(gathered)
     return packed
 
 

@@ -130,8 +130,11 @@ def scale_(values: Tensor, scale: Tensor, implementation: str) -> None:
 def _plain_stats(inputs: Inputs, spec: RowSpec, with_argmax: bool) -> Stats:
     out = reference.stats(flat(inputs), spec, with_argmax)
     shape = inputs.logits.shape[:-1]
+    if out.loss.shape == shape:
+        return out
     # No views: autograd forbids writing to views that a Function returns, and users mask losses in place.
-    return Stats(*(x if x is None or x.shape == shape else x.reshape(shape).clone() for x in out))
+    loss, lse, target_sum = (x.reshape(shape).clone() for x in out[:3])
+    return Stats(loss, lse, target_sum, None if out.predicted is None else out.predicted.reshape(shape))
 
 
 def _plain_grad(
