@@ -39,7 +39,14 @@ def test_pages_name_files_that_exist(page):
         assert ((ROOT / page).parent / path).exists(), path
 
 
-MODULES = [torch_api.losses, torch_api.module, torch_api.patching, torch_api.trainers, jax_api.losses, jax_api.optax_losses]
+MODULES = [
+    torch_api.losses,
+    torch_api.module,
+    torch_api.patching,
+    torch_api.trainers,
+    jax_api.losses,
+    jax_api.optax_losses,
+]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)

@@ -163,6 +163,28 @@ def test_logits_that_somebody_needs_are_not_donated():
         torch.func.grad(lambda x: cross_entropy(x * 1, labels, donate_logits=True))(leaf.detach())
 
 
+def test_a_producer_that_saved_its_output_raises():
+    leaf, labels = torch.randn(4, 5, device=DEVICE, requires_grad=True), torch.zeros(4, dtype=torch.long, device=DEVICE)
+    loss = cross_entropy(leaf.log_softmax(1), labels, donate_logits=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_donation_through_module_hooks_and_retained_gradients():
+    leaf, labels = torch.randn(4, 5, device=DEVICE, requires_grad=True), torch.zeros(4, dtype=torch.long, device=DEVICE)
+    criterion = CrossEntropyLoss(donate_logits=True)
+    seen = []
+    criterion.register_full_backward_hook(lambda _, gradients, __: seen.append(gradients[0].clone()))
+    with pytest.raises(ValueError, match="a view of a leaf"):
+        criterion(leaf, labels)
+    logits = leaf * 1
+    logits.retain_grad()
+    criterion(logits, labels).backward()
+    expected = torch.autograd.grad(F.cross_entropy(leaf, labels), leaf)[0]
+    for gradient in (seen[0], logits.grad, leaf.grad):
+        torch.testing.assert_close(gradient, expected)
+
+
 def test_donation_without_a_gradient_writes_nothing():
     logits, labels = torch.randn(4, 5, device=DEVICE), torch.zeros(4, dtype=torch.long, device=DEVICE)
     before = logits.clone()

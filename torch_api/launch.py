@@ -161,6 +161,9 @@ def flat(inputs: Inputs) -> Inputs:
 def _readable(inputs: Inputs) -> Inputs:
     """Inputs as a kernel can read them, copied where it cannot."""
     logits, target, weight = inputs
+    if logits.is_neg() or target.is_neg():
+        # The sign that torch.imag of a conjugate leaves to its readers.
+        logits, target = logits.resolve_neg(), target.resolve_neg()
     if not logits.is_contiguous() and layout.row_levels(logits.shape, logits.stride()) is None:
         logits = logits.contiguous()
     if not target.is_contiguous():
@@ -180,13 +183,9 @@ def _target_stride(target: Tensor) -> int | None:
 
 
 def _row_outputs(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    shape, dtype, device = logits.shape[:-1], reference.compute_dtype(logits), logits.device
     # Three buffers, not three views of one: writing to the loss in place must not meet a shared base.
-    return (
-        torch.empty(shape, dtype=dtype, device=device),
-        torch.empty(shape, dtype=dtype, device=device),
-        torch.empty(shape, dtype=dtype, device=device),
-    )
+    loss = torch.empty(logits.shape[:-1], dtype=reference.compute_dtype(logits), device=logits.device)
+    return loss, torch.empty_like(loss), torch.empty_like(loss)
 
 
 def _name(dtype: torch.dtype) -> str:

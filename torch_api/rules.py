@@ -22,7 +22,8 @@ from torch_api.rows import Inputs, RowSpec, Stats, Upstream
 
 def row_losses(inputs: Inputs, spec: RowSpec, *, with_argmax: bool = False, donate: bool = False) -> Stats:
     """Statistics of rows, differentiable in loss and lse: alone or together, in whatever mode is active."""
-    if tracing.is_higher_order():
+    trains_weight = inputs.weight is not None and inputs.weight.requires_grad
+    if tracing.is_higher_order() or (trains_weight and torch.compiler.is_compiling()):
         return plain_row_losses(inputs, spec, with_argmax=with_argmax)
     if not tracing.is_eager(*inputs):
         return Stats(*RowLosses.apply(*inputs, spec, with_argmax, False))

@@ -46,11 +46,13 @@ def is_dtensor(x: object) -> bool:
 
 
 def is_higher_order() -> bool:
-    """Forward mode, or derivatives of derivatives by torch.func: an autograd Function has no rule for those."""
+    """Forward mode, derivatives of derivatives by torch.func, torch.func in compile: a Function has no rule for those."""
     if forward_ad._current_level >= 0:
         return True
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+    if not torch._C._are_functorch_transforms_active():
         return False
+    if torch.compiler.is_compiling():
+        return True
     kinds = _FUNCTORCH.TransformType
     levels = [level.key() for level in _FUNCTORCH.get_interpreter_stack() or ()]
     return kinds.Jvp in levels or levels.count(kinds.Grad) > 1
