@@ -46,7 +46,7 @@ def is_dtensor(x: object) -> bool:
 
 
 def is_higher_order() -> bool:
-    """Forward mode, derivatives of derivatives by torch.func, torch.func in compile: a Function has no rule for those."""
+    """Forward mode, nested derivatives of torch.func, torch.func in compile: a Function has no rule for those."""
     if forward_ad._current_level >= 0:
         return True
     if not torch._C._are_functorch_transforms_active():
