@@ -165,7 +165,10 @@ def _gathered(inputs: Inputs, own: Stats, shards: Shards) -> Tensor:
 
 
 def _merge(gathered: Tensor, inputs: Inputs, spec: RowSpec, shards: Shards, with_argmax: bool) -> tuple[Stats, Tensor]:
-    loss, lse, s, *rest = gathered.unbind(1)
+    """Statistics of whole rows and the weights of their labels, from what `_gathered` packed."""
+    vectors = gathered.unbind(1)
+    loss, lse, s = vectors[0], vectors[1], vectors[2]
+    weighted = inputs.weight is not None and not inputs.target.is_floating_point()
     ignored = is_ignored(inputs, spec.options)
     whole = lse.logsumexp(0)
     # A slice of only −inf has an infinite loss where it holds mass (NaN by itself), and none where it does not.
@@ -175,26 +178,22 @@ def _merge(gathered: Tensor, inputs: Inputs, spec: RowSpec, shards: Shards, with
     if spec.options.z_loss:
         row_loss = row_loss + spec.options.z_loss * whole * whole
     if not shards.sizes_are_known:
-        row_loss = _checked_sizes(row_loss, rest.pop(), inputs)
+        row_loss = _checked_sizes(row_loss, vectors[-1], inputs)
     target_sum = s.sum(0)
-    # A row without mass and z-loss would hide that its label is invalid.
     row_loss = torch.where(ignored, 0.0, torch.where(target_sum.isnan(), torch.nan, row_loss))
-    predicted = None
-    if with_argmax:
-        scaled = rest[-2] if spec.options.logit_scale >= 0 else -rest[-2]
-        # A masked class stays the last choice under a negative scale.
-        scaled = torch.where(rest[-2] == -torch.inf, -torch.inf, scaled)
-        slice_ = scaled.argmax(0)
-        starts = torch.tensor(shards.starts, device=slice_.device)
-        predicted = (rest[-1].gather(0, slice_[None])[0].long() + starts[slice_]).int()
-    else:
-        whole = torch.where(ignored, 0.0, whole)
-    if inputs.weight is not None and not inputs.target.is_floating_point():
+    label_weight = torch.ones_like(row_loss)
+    if weighted:
         valid = (inputs.target >= 0) & (inputs.target < shards.total_classes)
-        label_weight = torch.where(valid, rest[0].sum(0), 1.0)
-    else:
-        label_weight = torch.ones((), dtype=row_loss.dtype, device=row_loss.device).expand(row_loss.shape)
-    return Stats(row_loss, whole, target_sum, predicted), torch.where(ignored, 0.0, label_weight)
+        label_weight = torch.where(valid, vectors[3].sum(0), 1.0)
+    label_weight = torch.where(ignored, 0.0, label_weight)
+    if not with_argmax:
+        return Stats(row_loss, torch.where(ignored, 0.0, whole), target_sum), label_weight
+    best, column = vectors[3 + weighted], vectors[4 + weighted]
+    scaled = torch.where(best == -torch.inf, best, best * spec.options.logit_scale)
+    slice_ = scaled.argmax(0)
+    starts = torch.tensor(shards.starts, device=slice_.device)
+    predicted = column.gather(0, slice_[None])[0].long() + starts[slice_]
+    return Stats(row_loss, whole, target_sum, predicted.int()), label_weight
 
 
 def _checked_sizes(loss: Tensor, sizes: Tensor, inputs: Inputs) -> Tensor:
