@@ -15,7 +15,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from tests.cases import ALL
-from torch_api import cross_entropy, cross_entropy_rows
+from torch_api import CrossEntropyLoss, cross_entropy, cross_entropy_rows
 
 N, V = 6, 24
 OPTIONS = {"plain": {}, "smoothing": {"label_smoothing": 0.1}, "z_loss": {"z_loss": 1e-2}, "all": ALL}
@@ -207,7 +207,7 @@ def tensor_parallel_head(rank, size):
     close(model.weight.grad.full_tensor(), expected)
     local = nn.Linear(8, V // size, bias=False).double()
     local.weight = nn.Parameter(model.weight.to_local().detach().clone())
-    cross_entropy(local(hidden), labels, process_group=dist.group.WORLD).backward()
+    CrossEntropyLoss()(local(hidden), labels, process_group=dist.group.WORLD).backward()
     close(local.weight.grad, expected.chunk(size)[rank])
 
 
