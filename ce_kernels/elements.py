@@ -168,9 +168,17 @@ def spread_mass(
 
 
 @triton.jit
-def row_start(row, STRIDE: tl.constexpr, GROUP: tl.constexpr, SHIFTED: tl.constexpr):
-    """The offset of a row, or of the 16-byte boundary at or before it, and the columns from there to the row."""
-    offset = row * STRIDE
+def row_offset(row, STRIDE: tl.constexpr, rows_inner, outer_stride):
+    """Where a row starts. With rows_inner, rows lie in two levels, as those of logits[:, :-1] do in [B, T, V]."""
+    if rows_inner is None:
+        return row * STRIDE
+    else:
+        return (row // rows_inner) * outer_stride + (row % rows_inner) * STRIDE
+
+
+@triton.jit
+def aligned(offset, GROUP: tl.constexpr, SHIFTED: tl.constexpr):
+    """The 16-byte boundary at or before a row that starts at offset, and the columns from there to the row."""
     if SHIFTED:
         start = offset // GROUP * GROUP
         return start, (offset - start).to(tl.int32)

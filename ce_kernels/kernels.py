@@ -14,11 +14,11 @@ This module imports triton, so nothing but a launch may import it.
 import triton
 import triton.language as tl
 
-from ce_kernels.elements import mask_of, row_start, row_target, scalar, uniform_mass
+from ce_kernels.elements import aligned, mask_of, row_offset, row_target, scalar, uniform_mass
 from ce_kernels.passes import exponent, row_statistics, store_block, store_gradient_block, store_statistics, upstream
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["ignore_index", "rows_inner"])
 def cross_entropy_stats_kernel(
     logits_ptr,
     target_ptr,
@@ -29,6 +29,8 @@ def cross_entropy_stats_kernel(
     z_loss,
     logit_scale,
     softcap,
+    rows_inner,
+    logits_outer_stride,
     loss_ptr,
     lse_ptr,
     target_sum_ptr,
@@ -53,14 +55,14 @@ def cross_entropy_stats_kernel(
     DTYPE: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
     WITH_ARGMAX: tl.constexpr = predicted_ptr is not None
     row = tl.program_id(0).to(tl.int64)
-    logits_row_ptr = logits_ptr + row * LOGITS_STRIDE
-    start, shift = row_start(row, LOGITS_STRIDE, GROUP, SHIFTED)
+    offset = row_offset(row, LOGITS_STRIDE, rows_inner, logits_outer_stride)
+    start, shift = aligned(offset, GROUP, SHIFTED)
     alpha = scalar(label_smoothing, DTYPE, SCALARS_IN_MEMORY)
     scale = scalar(logit_scale, DTYPE, SCALARS_IN_MEMORY)
     cap = scalar(softcap, DTYPE, SCALARS_IN_MEMORY)
     _, mass, label_x, ignored, invalid = row_target(
-        row, logits_row_ptr, target_ptr, weight_ptr, vocab_start_ptr, ignore_index, alpha, scale, cap, 0, N_CLASSES,
-        N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, DTYPE,
+        row, logits_ptr + offset, target_ptr, weight_ptr, vocab_start_ptr, ignore_index, alpha, scale, cap,
+        0, N_CLASSES, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, DTYPE,
     )  # fmt: skip
     active = mask_of(~ignored)
     if WITH_ARGMAX:
@@ -76,7 +78,7 @@ def cross_entropy_stats_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["ignore_index", "rows_inner"])
 def cross_entropy_grad_kernel(
     logits_ptr,
     target_ptr,
@@ -91,11 +93,15 @@ def cross_entropy_grad_kernel(
     z_loss,
     logit_scale,
     softcap,
+    rows_inner,
+    logits_outer_stride,
+    dlogits_outer_stride,
     dlogits_ptr,
     dtarget_ptr,
     N_CLASSES: tl.constexpr,
     TOTAL_CLASSES: tl.constexpr,
     LOGITS_STRIDE: tl.constexpr,
+    DLOGITS_STRIDE: tl.constexpr,
     TARGET_STRIDE: tl.constexpr,
     DLOSS_STRIDE: tl.constexpr,
     DLSE_STRIDE: tl.constexpr,
@@ -104,6 +110,7 @@ def cross_entropy_grad_kernel(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
     SHIFTED: tl.constexpr,
+    WIDE_STORES: tl.constexpr,
     BLOCKS_PER_ROW: tl.constexpr,
 ):
     """One program: dlogits (and with dtarget_ptr dtarget) of one block, for any upstream gradients of loss and lse.
@@ -112,17 +119,16 @@ def cross_entropy_grad_kernel(
     Algorithm: a·exp(x − lse) − b·q. With dlogits_ptr None the gradient overwrites the logits.
     """
     DTYPE: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
-    WIDE_STORES: tl.constexpr = dlogits_ptr is None or (LOGITS_STRIDE - N_CLASSES) % GROUP == 0
     # Neighbouring programs walk the same row: fewer streams for the memory than one row a program (1.00 against 1.08).
     row = tl.program_id(0).to(tl.int64) // BLOCKS_PER_ROW
     first = tl.program_id(0) % BLOCKS_PER_ROW * BLOCK
-    start, shift = row_start(row, LOGITS_STRIDE, GROUP, SHIFTED)
-    logits_row_ptr = logits_ptr + row * LOGITS_STRIDE
+    offset = row_offset(row, LOGITS_STRIDE, rows_inner, logits_outer_stride)
+    start, shift = aligned(offset, GROUP, SHIFTED)
     alpha = scalar(label_smoothing, DTYPE, SCALARS_IN_MEMORY)
     scale = scalar(logit_scale, DTYPE, SCALARS_IN_MEMORY)
     cap = scalar(softcap, DTYPE, SCALARS_IN_MEMORY)
     column, mass, label_x, ignored, _ = row_target(
-        row, logits_row_ptr, target_ptr, weight_ptr, vocab_start_ptr, ignore_index, alpha, scale, cap,
+        row, logits_ptr + offset, target_ptr, weight_ptr, vocab_start_ptr, ignore_index, alpha, scale, cap,
         first - shift, first - shift + BLOCK, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, DTYPE,
     )  # fmt: skip
     dlse = None
@@ -133,11 +139,12 @@ def cross_entropy_grad_kernel(
     a, active = upstream(lse, tl.load(target_sum_ptr + row), dloss, dlse, scalar(z_loss, DTYPE, SCALARS_IN_MEMORY))
     lse2, factor = exponent(tl.where(active, lse, 0.0), DTYPE)
     a *= factor
-    dlogits_row_ptr = logits_ptr if dlogits_ptr is None else dlogits_ptr
-    dlogits_stride: tl.constexpr = LOGITS_STRIDE if dlogits_ptr is None else N_CLASSES
-    dlogits_start, _ = row_start(row, dlogits_stride, GROUP, SHIFTED and WIDE_STORES)
+    if dlogits_ptr is None:
+        dlogits_row_ptr = logits_ptr + start
+    else:
+        out_offset = row_offset(row, DLOGITS_STRIDE, rows_inner, dlogits_outer_stride)
+        dlogits_row_ptr = dlogits_ptr + aligned(out_offset, GROUP, SHIFTED and WIDE_STORES)[0]
     mass = tl.where(active & (label_x != float("-inf")), mass, 0.0)
-    dlogits_row_ptr += dlogits_start
     dtarget_row_ptr = None if dtarget_ptr is None else dtarget_ptr + row * N_CLASSES
     if active & (first >= shift) & (first + BLOCK <= N_CLASSES):
         store_gradient_block(
@@ -153,7 +160,7 @@ def cross_entropy_grad_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["ignore_index", "rows_inner"])
 def cross_entropy_fused_kernel(
     logits_ptr,
     target_ptr,
@@ -165,6 +172,9 @@ def cross_entropy_fused_kernel(
     z_loss,
     logit_scale,
     softcap,
+    rows_inner,
+    logits_outer_stride,
+    dlogits_outer_stride,
     loss_ptr,
     lse_ptr,
     target_sum_ptr,
@@ -172,6 +182,7 @@ def cross_entropy_fused_kernel(
     N_CLASSES: tl.constexpr,
     TOTAL_CLASSES: tl.constexpr,
     LOGITS_STRIDE: tl.constexpr,
+    DLOGITS_STRIDE: tl.constexpr,
     TARGET_STRIDE: tl.constexpr,
     DENOMINATOR_STRIDE: tl.constexpr,
     SOFT_TARGETS: tl.constexpr,
@@ -179,6 +190,7 @@ def cross_entropy_fused_kernel(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
     SHIFTED: tl.constexpr,
+    WIDE_STORES: tl.constexpr,
     UNROLL: tl.constexpr,
     EAGER: tl.constexpr,
     BACKWARDS: tl.constexpr,
@@ -189,8 +201,6 @@ def cross_entropy_fused_kernel(
     Algorithm: the two phases above in one launch. With dlogits_ptr None the gradient overwrites the logits.
     """
     DTYPE: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
-    WIDE_STORES: tl.constexpr = dlogits_ptr is None or (LOGITS_STRIDE - N_CLASSES) % GROUP == 0
-    DLOGITS_STRIDE: tl.constexpr = LOGITS_STRIDE if dlogits_ptr is None else N_CLASSES
     FIRST: tl.constexpr = BLOCK if SHIFTED else 0
     FULL: tl.constexpr = N_CLASSES // BLOCK * BLOCK
     END: tl.constexpr = N_CLASSES + (GROUP - 1 if SHIFTED else 0)
@@ -200,11 +210,12 @@ def cross_entropy_fused_kernel(
     scale = scalar(logit_scale, DTYPE, SCALARS_IN_MEMORY)
     cap = scalar(softcap, DTYPE, SCALARS_IN_MEMORY)
     denominator = tl.load(denominator_ptr + row * DENOMINATOR_STRIDE).to(DTYPE)
-    start, shift = row_start(row, LOGITS_STRIDE, GROUP, SHIFTED)
+    offset = row_offset(row, LOGITS_STRIDE, rows_inner, logits_outer_stride)
+    start, shift = aligned(offset, GROUP, SHIFTED)
     logits_row_ptr = logits_ptr + start
     target_row_ptr = target_ptr + row * TARGET_STRIDE
     column, mass, label_x, ignored, invalid = row_target(
-        row, logits_ptr + row * LOGITS_STRIDE, target_ptr, weight_ptr, vocab_start_ptr, ignore_index, alpha, scale,
+        row, logits_ptr + offset, target_ptr, weight_ptr, vocab_start_ptr, ignore_index, alpha, scale,
         cap, 0, N_CLASSES, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, DTYPE,
     )  # fmt: skip
     c, d, qx, q_sum, best, best_col = row_statistics(
@@ -222,8 +233,11 @@ def cross_entropy_fused_kernel(
     lse2, factor = exponent(tl.where(active, lse, 0.0), DTYPE)
     a *= factor
     mass = tl.where(active & (label_x != float("-inf")), mass, 0.0)
-    out_start, _ = row_start(row, DLOGITS_STRIDE, GROUP, SHIFTED and WIDE_STORES)
-    dlogits_row_ptr = (logits_ptr if dlogits_ptr is None else dlogits_ptr) + out_start
+    if dlogits_ptr is None:
+        dlogits_row_ptr = logits_row_ptr
+    else:
+        out_offset = row_offset(row, DLOGITS_STRIDE, rows_inner, dlogits_outer_stride)
+        dlogits_row_ptr = dlogits_ptr + aligned(out_offset, GROUP, SHIFTED and WIDE_STORES)[0]
     if active:
         for edge in tl.static_range(FULL, END, BLOCK):
             store_gradient_block(

@@ -20,6 +20,8 @@ ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 class Problem:
     """Rows of logits as a kernel sees them; strides in elements; `total_classes` is V where a row is a slice of it.
 
+    With rows_inner, row i starts at (i // rows_inner)·outer_stride + (i % rows_inner)·stride, in logits and dlogits;
+    dlogits_stride None means n_classes.
     `aligned`: the logits' first element lies on a 16-byte boundary, so that whole groups of 16 bytes may be read.
     `clusters`: one program may span several multiprocessors; `has_clusters` says where.
     """
@@ -31,6 +33,10 @@ class Problem:
     logits_stride: int
     target_stride: int
     total_classes: int
+    rows_inner: int | None = None
+    logits_outer_stride: int | None = None
+    dlogits_stride: int | None = None
+    dlogits_outer_stride: int | None = None
     aligned: bool = True
     clusters: bool = False
 
@@ -52,7 +58,17 @@ class Problem:
     @property
     def shifted(self) -> bool:
         """Whether rows start between 16-byte boundaries, so that kernels walk them from the boundary before."""
-        return self.aligned and self.logits_stride % self.group != 0
+        return self.aligned and any(
+            stride % self.group for stride in _levels(self.logits_stride, self.logits_outer_stride)
+        )
+
+    def wide_stores(self, in_place: bool) -> bool:
+        """Whether the groups of 16 bytes of every row of dlogits are those of the logits."""
+        if in_place:
+            return True
+        reads = _levels(self.logits_stride, self.logits_outer_stride)
+        writes = _levels(self.dlogits_stride or self.n_classes, self.dlogits_outer_stride)
+        return all((read - write) % self.group == 0 for read, write in zip(reads, writes, strict=True))
 
     @property
     def compute_dtype(self) -> str:
@@ -63,6 +79,10 @@ class Problem:
     def scalars_in_memory(self) -> bool:
         """Launch parameters hold floats as fp32, so fp64 problems pass their scalars as 0-d arrays."""
         return self.logits_dtype == "float64"
+
+
+def _levels(stride: int, outer_stride: int | None) -> tuple[int, ...]:
+    return (stride,) if outer_stride is None else (stride, outer_stride)
 
 
 def has_clusters(capability: int) -> bool:
@@ -91,7 +111,8 @@ class Output:
 class Launch:
     """All that is known of a kernel call without data.
 
-    `constants` are the kernel's constexpr parameters; `in_place` means that dlogits overwrites the logits.
+    `constants` are the kernel's constexpr parameters, and the second row level where there is one; `in_place` means
+    that dlogits overwrites the logits.
     """
 
     kernel: str
@@ -194,6 +215,14 @@ def _plan(
     else:
         constants["UNROLL"] = config.unroll
         constants["EAGER"] = config.num_ctas > 1
+    if kernel != "stats":
+        constants["DLOGITS_STRIDE"] = problem.dlogits_stride or problem.n_classes
+        constants["WIDE_STORES"] = problem.wide_stores(in_place)
+    if problem.rows_inner is not None:
+        # Run-time values: a constant sequence length would compile every length anew.
+        constants |= {"rows_inner": problem.rows_inner, "logits_outer_stride": problem.logits_outer_stride}
+        if kernel != "stats":
+            constants["dlogits_outer_stride"] = problem.dlogits_outer_stride
     if kernel == "fused":
         constants["BACKWARDS"] = config.backwards
     return Launch(

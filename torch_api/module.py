@@ -1,10 +1,15 @@
 """The module form of `torch_api.cross_entropy`."""
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 from ce_kernels import Options
 from ce_kernels.spec import Implementation, Reduction, check_implementation, check_reduction
 from torch_api.losses import cross_entropy
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class CrossEntropyLoss(nn.Module):
@@ -37,6 +42,7 @@ class CrossEntropyLoss(nn.Module):
         denominator: float | None = None,
         dim: int | None = None,
         implementation: Implementation | None = None,
+        donate_logits: bool = False,
     ) -> None:
         super().__init__()
         check_reduction(reduction, denominator)
@@ -52,8 +58,16 @@ class CrossEntropyLoss(nn.Module):
         self.denominator = denominator
         self.dim = dim
         self.implementation: Implementation | None = implementation
+        self.donate_logits = donate_logits
 
-    def forward(self, input: Tensor, target: Tensor, *, denominator: float | Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        denominator: float | Tensor | None = None,
+        process_group: "ProcessGroup | None" = None,
+    ) -> Tensor:
         """The loss of logits `input` for `target`; denominator replaces the module's own."""
         return cross_entropy(
             input,
@@ -68,6 +82,8 @@ class CrossEntropyLoss(nn.Module):
             denominator=self.denominator if denominator is None else denominator,
             dim=self.dim,
             implementation=self.implementation,
+            donate_logits=self.donate_logits,
+            process_group=process_group,
         )
 
     def extra_repr(self) -> str:
@@ -82,6 +98,7 @@ class CrossEntropyLoss(nn.Module):
             "denominator": None,
             "dim": None,
             "implementation": None,
+            "donate_logits": False,
         }
         return ", ".join(
             f"{name}={getattr(self, name)!r}" for name, default in defaults.items() if getattr(self, name) != default

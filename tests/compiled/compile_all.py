@@ -1,6 +1,7 @@
 """Compiles every kernel for every dtype and GPU generation, without a GPU, and prints how many were compiled."""
 
 import json
+import re
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -24,11 +25,18 @@ def compile_launch(launch, problem, options, weighted, loss_types, target):
     for name, value in options.scalars().items():
         if value is not None:
             types[name] = "i32" if name == "ignore_index" else compute if problem.scalars_in_memory else "fp32"
+    # The second row level is no constant, and its strides are multiples of 16 elements where V is.
+    levels = {name: "i32" for name, value in launch.constants if name.islower() and value is not None}
+    types |= levels
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     constants = {name: dict(launch.constants).get(name) for name, kind in signature.items() if kind == "constexpr"}
     attrs = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+    wide = [i for i, name in enumerate(signature) if name in levels and name != "rows_inner"]
+    attrs |= {(i,): [["tt.divisibility", 16]] for i in wide}
     compiled = triton.compile(ASTSource(kernel, signature, constants, attrs), target=target, options=launch.options)
     assert compiled.asm["cubin" if target.backend == "cuda" else "hsaco"]
+    if levels:
+        assert re.search(r"ld\.global[^\n]*\.v4\.b32", compiled.asm["ptx"]), "narrow loads"
 
 
 def launches(problem, options, weighted):
@@ -55,4 +63,13 @@ for target in TARGETS:
             for launch, extra in launches(problem, options, options is EVERY):
                 compile_launch(launch, problem, options, options is EVERY, extra, target)
                 count += 1
+n, length = 32000, 511
+two_levels = Problem(8, n, "bfloat16", False, n, 1, n, length, (length + 1) * n, n, length * n)
+for target in TARGETS[:3]:
+    for launch, extra in (
+        (plan_stats(two_levels, with_argmax=False), {}),
+        (plan_fused(two_levels, denominator_stride=0, in_place=False), {"denominator_ptr": "*fp32"}),
+    ):
+        compile_launch(launch, two_levels, PLAIN, False, extra, target)
+        count += 1
 print(json.dumps({"compiled": count}))
