@@ -190,6 +190,9 @@ def tracks_varying(names: Names) -> bool:
 
 def _explicit(body: Callable, names: Names, mesh: Any, *arrays: Array | None):
     spec = joint_spec(arrays[0], arrays[1])
+    used = {name for entry in spec for name in names_of(entry)}
+    if not used:
+        return body(names, *arrays)
     rank = len(spec)
     specs = tuple(None if array is None else _spec(spec, array.ndim, rank) for array in arrays[:-1])
     specs += (None if arrays[-1] is None else PartitionSpec(spec[-1]),)
@@ -206,7 +209,7 @@ def _explicit(body: Callable, names: Names, mesh: Any, *arrays: Array | None):
         mesh=mesh,
         in_specs=specs,
         out_specs=jax.tree.map(lambda shape: _spec(spec, len(shape.shape), rank), shapes),
-        axis_names={name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit},
+        axis_names=used,
         check_vma=not manual or tracks_varying(manual),
     )(*arrays)
 
