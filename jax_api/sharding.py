@@ -120,7 +120,6 @@ def _operation(body: Callable, static: Static) -> Callable:
 
     Jitted and kept, so that a call outside of jit compiles once; inlined inside of it.
     """
-
     return jax.jit(over_leading_axes(partial(_on_any_mesh, body, static)), inline=True)
 
 
@@ -134,7 +133,6 @@ def over_leading_axes(function: Callable) -> Callable:
         if weight is not None and in_batched[-1]:
             out = _one_by_one(mapped, axis_size, in_batched, arguments)
         else:
-
             rows = [
                 array if array is None or batched else jnp.broadcast_to(array, (axis_size, *array.shape))
                 for array, batched in zip(rows, in_batched, strict=False)
