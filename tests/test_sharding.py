@@ -1,6 +1,11 @@
 """Sharded logits in JAX on eight simulated devices: right, sharded as they came, and nothing of their size moves."""
 
+import os
 import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +22,7 @@ from tests import oracle
 from tests.cases import ALL
 from tests.conftest import HAS_GPU
 
+ROOT = Path(__file__).parent.parent
 BATCH, TIME, VOCAB = 4, 6, 32
 DEVICES = jax.devices("cpu")
 # One mode a process: on a host with a GPU the kernels are compiled, and these devices are the CPU's.
@@ -441,3 +447,26 @@ def test_any_mesh_spec_and_options(layout, kind, soft_labels, weighted, reductio
         np.asarray(grad, np.float64), np.asarray(expected[1], np.float64), rtol=tolerance, atol=tolerance
     )
     assert grad.sharding.is_equivalent_to(args[0].sharding, 3)
+
+
+def test_two_processes():
+    """A mesh over two processes, data × vocabulary, against one process."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.distributed", str(process), str(port)],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for process in range(2)
+    ]  # fmt: skip
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=240)
+            assert process.returncode == 0, err[-3000:]
+            assert "as one process" in out
+    finally:
+        for process in processes:
+            process.kill()
