@@ -26,9 +26,21 @@ def test_readme_code_runs(block):
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 
 
-def test_readme_names_files_that_exist():
-    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / path).exists(), path
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_page_code_runs_in_order(page):
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert blocks
+    namespace = {"__name__": page.stem}
+    for block in blocks:
+        exec(compile(block, page.name, "exec"), namespace)
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
+)
+def test_pages_name_files_that_exist(page):
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+        assert (page.parent / path).exists(), path
 
 
 MODULES = [torch_api.losses, torch_api.module, jax_api.losses, jax_api.optax_losses]

@@ -1,13 +1,13 @@
-"""Lowers programs for CUDA without a GPU, sharded and exported ones too, and prints what each Triton custom call holds."""
+"""Lowers programs, sharded and exported ones too, for CUDA without a GPU, and prints what each custom call holds."""
 
 import json
 import re
 import zlib
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import jax_triton
-import jax.export
 from jax._src.lib.mlir import ir
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
