@@ -265,6 +265,21 @@ def test_axis_name_divides_by_the_weights_of_all_slices(batch, implementation):
     close(jax.jit(jax.value_and_grad(sharded, (0, 2)))(x, y, w), jax.value_and_grad(mean, (0, 2))(x, y, w))
 
 
+@each_implementation
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (2, 1)], ids=str)
+@pytest.mark.parametrize("kind", list(AxisType)[:2], ids=lambda kind: kind.name)
+def test_axis_name_on_mesh_axes_of_one_device(batch, shape, kind, implementation):
+    x, y, _, _ = batch
+    mesh = jax.make_mesh(shape, ("data", "model"), axis_types=(kind,) * 2, devices=DEVICES[: np.prod(shape)])
+
+    def local(x, y):
+        return lax.psum(none(x, y, axis_name="model", implementation=implementation), "data")
+
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=(P("data", None, "model"), P("data")), out_specs=P())
+    args = put(mesh, x, "data", None, "model"), put(mesh, y, "data")
+    close(jax.jit(jax.value_and_grad(sharded))(*args), jax.value_and_grad(none)(x, y))
+
+
 def test_axis_name_under_transforms(batch):
     x, y, _, _ = batch
 
