@@ -52,7 +52,9 @@ def _step_bytes(loss: Callable[[Array, Array], Array], n_rows: int, n_classes: i
     hidden = jax.ShapeDtypeStruct((n_rows, width), jnp.bfloat16)
     labels = jax.ShapeDtypeStruct((n_rows,), jnp.int32)
     compiled = jax.jit(step, donate_argnums=0).lower(state, hidden, labels).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes
 
 
 if __name__ == "__main__":

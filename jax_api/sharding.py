@@ -19,6 +19,7 @@ from jax import Array, lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ce_kernels.spec import fail
 from jax_api import launch, reference, slices
 from jax_api.backend import interpreting
 from jax_api.batching import over_leading_axes
@@ -61,6 +62,13 @@ def _on_any_mesh(body: Callable, static: Static, *arrays):
     auto = any(kind == AxisType.Auto and size > 1 for kind, size in zip(mesh.axis_types, mesh.axis_sizes, strict=True))
     if auto and kinds != {AxisType.Auto}:
         # custom_partitioning does not work inside a shard_map over some axes of a mesh; plain operations do.
+        if static.implementation == "triton":
+            fail(
+                ValueError,
+                f"implementation='triton' where XLA shards some axes of the mesh but not all: {mesh}",
+                "mesh axes that are all Auto, or none of them",
+                "shard_map over all axes, or implementation=None, which takes plain operations here",
+            )
         static = replace(static, implementation="reference")
     if AxisType.Explicit in kinds:
         return _explicit(partial(body, static), static.axis_name, mesh, *arrays)

@@ -330,6 +330,17 @@ def test_shard_map_over_some_axes_of_the_mesh(batch, kind, manual):
         close(jax.jit(jax.value_and_grad(sharded))(*args), jax.value_and_grad(none)(x, y))
 
 
+@pytest.mark.skipif(HAS_GPU, reason="the interpreter needs a process without a GPU")
+def test_kernels_asked_for_where_they_cannot_run(batch):
+    x, y, _, _ = batch
+    sharded = jax.shard_map(
+        lambda x, y: mean(x, y, implementation="triton"),
+        mesh=AUTO, in_specs=(P("data"), P("data")), out_specs=P("data"), axis_names={"data"},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"got implementation='triton' where XLA shards some axes .*; write shard_map"):
+        jax.jit(lambda x, y: sharded(x, y))(x, y)
+
+
 # Rows that merge in a special way: columns 0-3 and 4-7 are two slices.
 inf = np.inf
 SPECIAL = np.array(
