@@ -67,8 +67,12 @@ def grad(
     implementation: str,
     *,
     with_dtarget: bool,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """dlogits (and dtarget) for upstream gradients of loss and lse: one read, one write."""
+    """dlogits (and dtarget) for upstream gradients of loss and lse: one read, one write.
+
+    in_place: the kernels write dlogits over the logits; the plain operations need a new tensor all the same.
+    """
     if implementation == "reference":
         return reference.grad(logits, target, weight, lse, target_sum, dloss, dlse, options, with_dtarget)
     launch = plan_grad(
@@ -76,7 +80,7 @@ def grad(
         dloss_stride=dloss.stride(0),
         dlse_stride=0 if dlse is None else dlse.stride(0),
         dtarget_dtype=_dtype_name(target) if with_dtarget else None,
-        in_place=False,
+        in_place=in_place,
     )
     operands = {
         "target_ptr": target,
@@ -87,13 +91,20 @@ def grad(
         "dlse_ptr": dlse,
     }
     out = _run(launch, options, logits, operands)
-    return out["dlogits_ptr"], out.get("dtarget_ptr")
+    return out.get("dlogits_ptr", logits), out.get("dtarget_ptr")
 
 
 def fused(
-    logits: Tensor, target: Tensor, weight: Tensor | None, denominator: Tensor, options: Options, implementation: str
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    denominator: Tensor,
+    options: Options,
+    implementation: str,
+    *,
+    in_place: bool = False,
 ) -> tuple[Stats, Tensor]:
-    """Statistics, and dlogits of Σ loss / denominator for a 0-d denominator."""
+    """Statistics, and dlogits of Σ loss / denominator for a 0-d denominator; in_place as for `grad`."""
     if implementation == "reference":
         out = Stats(*reference.stats(logits, target, weight, options, False))
         dloss = denominator.reciprocal().expand(len(logits))
@@ -101,10 +112,10 @@ def fused(
             logits, target, weight, out.lse, out.target_sum, dloss, None, options, with_dtarget=False
         )
         return out, dlogits
-    launch = plan_fused(_problem(logits, target), denominator_stride=0, in_place=False)
+    launch = plan_fused(_problem(logits, target), denominator_stride=0, in_place=in_place)
     operands = {"target_ptr": target, "weight_ptr": weight, "denominator_ptr": denominator}
     out = _run(launch, options, logits, operands)
-    return Stats(out["loss_ptr"], out["lse_ptr"], out["target_sum_ptr"], None), out["dlogits_ptr"]
+    return Stats(out["loss_ptr"], out["lse_ptr"], out["target_sum_ptr"], None), out.get("dlogits_ptr", logits)
 
 
 def scaled(values: Tensor, scale: Tensor, implementation: str) -> Tensor:

@@ -1,0 +1,231 @@
+"""Cross-entropy of a linear head without its logits. The formula stands in `ce_kernels.spec`."""
+
+import torch
+from torch import Tensor
+
+from ce_kernels import Options
+from ce_kernels.checks import (
+    Facts,
+    check_denominator,
+    check_target,
+    check_weight,
+    denominator_error,
+    is_number,
+)
+from ce_kernels.linear import MAX_LOGITS_BYTES, Accumulation, check_chunking, check_linear
+from ce_kernels.spec import Implementation, Reduction, check_reduction, fail
+from torch_api.launch import choose_implementation
+from torch_api.linear_ops import Head, Static
+from torch_api.linear_rules import LinearLoss, LinearRows
+from torch_api.losses import RowOutputs
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    *,
+    ignore_index: int | None = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    denominator: float | Tensor | None = None,
+    max_logits_bytes: int = MAX_LOGITS_BYTES,
+    accumulation: Accumulation = "float32",
+    implementation: Implementation | None = None,
+) -> Tensor:
+    r"""`torch_api.cross_entropy(hidden @ weight.T + bias, labels, dim=-1)`, never holding more than a chunk of logits.
+
+    `mean` and `sum` compute the gradients in the forward pass, with three matmuls in all; `none`, float16, and
+    gradients of soft labels or of the denominator compute the logits again in the backward pass: four. A gradient that
+    is not needed (a frozen head, a frozen body) costs no matmul; without any it is one matmul.
+
+    Args:
+        hidden: [..., D], float16, bfloat16, float32 or float64.
+        weight: [V, D] as `nn.Linear` keeps it, in hidden's dtype. Under autocast hidden, weight and bias are cast to
+            its dtype here, and gradients arrive in their own.
+        labels: class indices [...] (integers), or class probabilities [..., V].
+        bias: [V], or None.
+        class_weight: [V], floating point: `weight` of `torch_api.cross_entropy`. It gets no gradient: ValueError.
+        ignore_index: this and the options up to denominator, and implementation, are those of
+            `torch_api.cross_entropy`, with the same formula.
+        reduction: "none", "mean" or "sum".
+        label_smoothing: α in [0, 1].
+        z_loss: λ ≥ 0, the weight of lse².
+        softcap: c > 0, or None.
+        logit_scale: an inverse temperature.
+        denominator: replaces the divisor of `mean`.
+        max_logits_bytes: the most that a chunk of logits may take: rows are split into equal chunks, multiples of 128
+            where that is possible. Chunks only change the rounding of the weight's gradient.
+        accumulation: how the chunks of the gradients of weight are added up. "float32": in a float32 copy of it (which
+            is the gradient itself where weight is float32). "parameter": in weight's dtype, with no copy; every chunk
+            rounds the sum once, so bfloat16 gradients have about √((chunks + 1) / 2) times the error of one rounding.
+        implementation: "triton", "reference" or None to choose by device.
+
+    Returns:
+        As `torch_api.cross_entropy` of logits in hidden's dtype: float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError, IndexError: as `torch_api.cross_entropy`.
+
+    Example:
+        >>> import torch
+        >>> hidden = torch.eye(3, requires_grad=True)
+        >>> weight = torch.zeros(4, 3, requires_grad=True)
+        >>> loss = linear_cross_entropy(hidden, weight, torch.tensor([0, 3, -100]))
+        >>> round(loss.item(), 4)
+        1.3863
+        >>> loss.backward()
+        >>> weight.grad[0]
+        tensor([-0.3750,  0.1250,  0.0000])
+
+    Differs from `torch.nn.functional.linear_cross_entropy`: `class_weight` is its `weight`, the options above, leading
+    axes, and second backwards and second derivatives are right. Source: the contract in `ce_kernels.spec`.
+    """
+    check_reduction(reduction, denominator)
+    options = Options.checked(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    head, static = _head(
+        Head(hidden, weight, bias, labels, class_weight), options, max_logits_bytes, accumulation, implementation
+    )
+    if reduction == "none":
+        return LinearRows.apply(*head, static, False)[0].view(hidden.shape[:-1])
+    divisor = _divisor(head, static, 1.0 if reduction == "sum" else denominator)
+    trained = [x for x in head[:3] if x is not None and x.requires_grad]
+    if (
+        torch.is_grad_enabled()
+        and trained
+        # Loss scaling exists because p / N is below fp16's range: round only after the upstream gradient is known.
+        and static.dtype != torch.float16
+        and not (head.target.requires_grad or divisor.requires_grad)
+    ):
+        return LinearLoss.apply(*head, divisor, static)
+    return LinearRows.apply(*head, static, False)[0].sum() / divisor
+
+
+def linear_cross_entropy_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    *,
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    max_logits_bytes: int = MAX_LOGITS_BYTES,
+    accumulation: Accumulation = "float32",
+    implementation: Implementation | None = None,
+) -> RowOutputs:
+    r"""Per-row loss, lse and argmax of `hidden @ weight.T + bias`, without the logits: log-probabilities, RL, accuracy.
+
+    The same as `torch_api.cross_entropy_rows` of the logits, with the arguments of `linear_cross_entropy`. loss and lse
+    are differentiable, together or alone; the backward pass computes the logits again.
+
+    Returns:
+        RowOutputs(loss, lse, predicted) in the shape of the rows: float32 (float64 for float64), int64.
+
+    Raises:
+        TypeError, ValueError, IndexError: as `torch_api.cross_entropy`.
+
+    Example:
+        >>> import torch
+        >>> rows = linear_cross_entropy_rows(torch.eye(2), torch.eye(2), torch.tensor([0, 0]))
+        >>> [round(p, 4) for p in torch.exp(-rows.loss).tolist()], rows.predicted.tolist()
+        ([0.7311, 0.2689], [0, 1])
+
+    Source: the contract in `ce_kernels.spec`.
+    """
+    options = Options.checked(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    head, static = _head(
+        Head(hidden, weight, bias, labels, class_weight), options, max_logits_bytes, accumulation, implementation
+    )
+    loss, lse, predicted = LinearRows.apply(*head, static, True)
+    shape = hidden.shape[:-1]
+    return RowOutputs(loss.view(shape), lse.view(shape), predicted.long().view(shape))
+
+
+def _head(
+    head: Head, options: Options, max_logits_bytes: int, accumulation: str, implementation: str | None
+) -> tuple[Head, Static]:
+    """The user's arrays, checked, as rows; and what is known without data."""
+    check_chunking(max_logits_bytes, accumulation)
+    hidden, weight, labels = _facts("hidden", head.hidden), _facts("weight", head.weight), _facts("labels", head.target)
+    n_classes = check_linear(hidden, weight, None if head.bias is None else _facts("bias", head.bias), 0)
+    logits = Facts("hidden @ weight.T", (*hidden.shape[:-1], n_classes), hidden.dtype)
+    soft = check_target(logits, labels, len(logits.shape) - 1, options)
+    if head.class_weight is not None:
+        check_weight(_facts("class_weight", head.class_weight), n_classes)
+        if head.class_weight.requires_grad and torch.is_grad_enabled():
+            passed = "class_weight that requires a gradient"
+            fail(ValueError, passed, "class weights that are not trained", "class_weight.detach()")
+    for name, x in zip(("hidden", "weight", "bias", "labels", "class_weight"), head, strict=True):
+        if x is not None and x.device != head.hidden.device:
+            fail(ValueError, f"{name} on {x.device} with hidden on {head.hidden.device}", "one device",
+                 f"{name}.to(hidden.device)")  # fmt: skip
+    target = head.target.reshape(-1, n_classes) if soft else head.target.reshape(-1)
+    if soft and target.stride(-1) != 1:
+        target = target.contiguous()
+    if not soft:
+        # Narrow and unsigned integers cannot hold a negative ignore_index.
+        target = target if target.dtype in (torch.int32, torch.int64) else target.long()
+        options = options.for_labels(_facts("labels", target).dtype)
+    rows = head._replace(
+        hidden=head.hidden.reshape(-1, head.hidden.shape[-1]),
+        target=target,
+        class_weight=None if head.class_weight is None else head.class_weight.contiguous(),
+    )
+    implementation = choose_implementation(implementation, head.hidden.device)
+    dtype = _logits_dtype(head)
+    return rows, Static(options, implementation, int(max_logits_bytes), accumulation, dtype)
+
+
+def _logits_dtype(head: Head) -> torch.dtype:
+    """The dtype of `hidden @ weight.T + bias`: autocast's, or the one that all of them have."""
+    operands = [x for x in head[:3] if x is not None]
+    device = head.hidden.device.type
+    # Autocast leaves float64 alone.
+    if torch.is_autocast_enabled(device) and not any(x.dtype == torch.float64 for x in operands):
+        return torch.get_autocast_dtype(device)
+    for name, x in (("weight", head.weight), ("bias", head.bias)):
+        if x is not None and x.dtype != head.hidden.dtype:
+            passed = f"{_facts(name, x)} with {_facts('hidden', head.hidden)}"
+            fail(TypeError, passed, "one dtype, or autocast", f"{name}.to(hidden.dtype)")
+    return head.hidden.dtype
+
+
+def _divisor(head: Head, static: Static, denominator: float | Tensor | None) -> Tensor:
+    """The 0-d divisor of `mean`, on the device, without reading it."""
+    device = head.hidden.device
+    dtype = torch.float64 if static.dtype == torch.float64 else torch.float32
+    if isinstance(denominator, Tensor):
+        check_denominator(_facts("denominator", denominator))
+        if denominator.device.type not in ("cpu", device.type):
+            passed = f"denominator on {denominator.device} with hidden on {device}"
+            fail(ValueError, passed, "one device", "denominator.to(hidden.device)")
+        return denominator.reshape(()).to(device=device, dtype=dtype, non_blocking=True)
+    if denominator is not None:
+        if not is_number(denominator):
+            denominator_error(denominator)
+        return torch.full((), denominator, dtype=dtype, device=device)
+    if head.target.is_floating_point():
+        return torch.full((), len(head.hidden), dtype=dtype, device=device)
+    label, ignored = head.target.long(), static.options.ignore_index
+    counted = torch.ones_like(label, dtype=torch.bool) if ignored is None else label != ignored
+    if head.class_weight is None:
+        return counted.sum(dtype=dtype)
+    valid = (label >= 0) & (label < len(head.weight))
+    # An invalid label makes the mean NaN by its loss; counted as 1, it leaves the other rows' gradients finite.
+    mass = torch.where(valid, head.class_weight.to(dtype)[torch.where(valid, label, 0)], 1.0)
+    return torch.where(counted, mass, 0.0).sum()
+
+
+def _facts(name: str, value: Tensor) -> Facts:
+    if not isinstance(value, Tensor):
+        fail(TypeError, f"{name} of type {type(value).__name__}", "a torch.Tensor", f"torch.as_tensor({name})")
+    return Facts(name, tuple(value.shape), str(value.dtype).removeprefix("torch."))

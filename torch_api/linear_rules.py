@@ -1,0 +1,157 @@
+"""Derivatives of a linear head: autograd Functions over the chunk loops of `torch_api.linear_ops`.
+
+    LinearLoss        Σ loss / denominator with the gradients computed in the forward: three matmuls in all
+    LinearRows        (loss, lse, predicted) of rows, for any upstream gradients: logits again in the backward
+    LinearGradients   that backward as an operation of its own, so that it can be differentiated again
+
+Second derivatives go through `cross_entropy_rows` of whole logits, differentiated by autograd: they hold the logits.
+"""
+
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn.functional import linear
+
+from torch_api import launch
+from torch_api.linear_ops import Head, Static, linear_fused, linear_grad, linear_stats
+from torch_api.losses import cross_entropy_rows
+
+
+class LinearLoss(Function):
+    """Σ loss / denominator for a 0-d denominator."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target, class_weight, denominator, static: Static):
+        head = Head(hidden, weight, bias, target, class_weight)
+        wanted = list(ctx.needs_input_grad[:3])
+        loss, lse, target_sum, *gradients = linear_fused(head, denominator, static, wanted)
+        ctx.save_for_backward(*head, denominator, lse, target_sum, *gradients)
+        ctx.static, ctx.spent = static, False
+        return loss.sum() / denominator
+
+    @staticmethod
+    def backward(ctx, g):
+        *head, denominator, lse, target_sum, dhidden, dweight, dbias = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[:3])
+        if torch.compiler.is_compiling():
+            gradients = [
+                (x * g).to(x.dtype) if want else None for x, want in zip((dhidden, dweight, dbias), wanted, strict=True)
+            ]
+        elif torch.is_grad_enabled() or ctx.spent:
+            # Under create_graph, or after a first backward gave its buffers away: compute the gradients anew.
+            dloss = (g / denominator).expand(len(lse))
+            gradients = LinearGradients.apply(*head, lse, target_sum, dloss, None, ctx.static, [*wanted, False])[:3]
+        else:
+            ctx.spent = True
+            implementation = ctx.static.implementation
+            gradients = [
+                launch.scaled(x, g, implementation) if want else None
+                for x, want in zip((dhidden, dweight, dbias), wanted, strict=True)
+            ]
+        return *gradients, None, None, None, None
+
+
+class LinearRows(Function):
+    """(loss, lse, predicted) per row; the first two differentiable together or alone."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target, class_weight, static: Static, with_argmax: bool):
+        head = Head(hidden, weight, bias, target, class_weight)
+        loss, lse, target_sum, predicted = linear_stats(head, static, with_argmax=with_argmax)
+        ctx.save_for_backward(*head, lse, target_sum)
+        ctx.static = static
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(predicted)
+        return loss, lse, predicted
+
+    @staticmethod
+    def backward(ctx, dloss, dlse, _):
+        if dloss is None and dlse is None:
+            return (None,) * 7
+        *head, lse, target_sum = ctx.saved_tensors
+        if dloss is None:
+            dloss = torch.zeros((), dtype=lse.dtype, device=lse.device).expand(len(lse))
+        wanted = list(ctx.needs_input_grad[:4])
+        if torch.compiler.is_compiling():
+            gradients = linear_grad(Head(*head), (lse, target_sum, dloss, dlse), ctx.static, wanted)
+            gradients = [x if want else None for x, want in zip(gradients, wanted, strict=True)]
+        else:
+            gradients = LinearGradients.apply(*head, lse, target_sum, dloss, dlse, ctx.static, wanted)
+        return *gradients, None, None, None
+
+
+class LinearGradients(Function):
+    """(dhidden, dweight, dbias, dtarget), None where not wanted; lse and target_sum count as functions of the rest."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden,
+        weight,
+        bias,
+        target,
+        class_weight,
+        lse,
+        target_sum,
+        dloss,
+        dlse,
+        static: Static,
+        wanted: list[bool],
+    ):
+        head = Head(hidden, weight, bias, target, class_weight)
+        gradients = linear_grad(head, (lse, target_sum, dloss, dlse), static, wanted)
+        ctx.save_for_backward(*head, dloss, dlse)
+        ctx.static, ctx.wanted = static, wanted
+        ctx.set_materialize_grads(False)
+        return tuple(x if want else None for x, want in zip(gradients, wanted, strict=True))
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        *head, dloss, dlse = ctx.saved_tensors
+        if all(dy is None for dy in cotangents):
+            return (None,) * 11
+        inputs = [*head[:4], dloss, dlse]
+        needs = ctx.needs_input_grad
+        wanted = [*needs[:4], needs[7], needs[8]]
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Views are nodes to differentiate by that stay connected to their inputs for higher orders.
+            views = [_differentiable_view(x) for x in inputs]
+            outputs = _whole_gradients(Head(*views[:4], head[4]), views[4], views[5], ctx.static, ctx.wanted)
+        pairs = [(y, dy) for y, dy in zip(outputs, cotangents, strict=True) if y is not None and dy is not None]
+        targets = [view for view, want in zip(views, wanted, strict=True) if want]
+        ys, dys = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(ys, targets, dys, create_graph=create_graph, allow_unused=True))
+        dhidden, dweight, dbias, dtarget, ddloss, ddlse = [next(found) if want else None for want in wanted]
+        return dhidden, dweight, dbias, dtarget, None, None, None, ddloss, ddlse, None, None
+
+
+def _differentiable_view(x: Tensor | None) -> Tensor | None:
+    if x is None or not x.is_floating_point():
+        return x
+    view = x.view_as(x)
+    return view if view.requires_grad else view.requires_grad_()
+
+
+def _whole_gradients(
+    head: Head, dloss: Tensor, dlse: Tensor | None, static: Static, wanted: list[bool]
+) -> list[Tensor | None]:
+    """The gradients of LinearGradients by autograd through whole logits, differentiable again."""
+    dtype, bias = static.dtype, head.bias
+    logits = linear(head.hidden.to(dtype), head.weight.to(dtype), None if bias is None else bias.to(dtype))
+    out = cross_entropy_rows(
+        logits,
+        head.target,
+        head.class_weight,
+        dim=-1,
+        implementation="triton" if static.implementation == "triton" else "reference",
+        **asdict(static.options),
+    )
+    total = (out.loss * dloss).sum()
+    if dlse is not None:
+        total = total + (out.lse * dlse).sum()
+    inputs = [x for x, want in zip(head[:4], wanted, strict=True) if want and x is not None]
+    found = iter(torch.autograd.grad(total, inputs, create_graph=True))
+    return [next(found) if want else None for want in wanted]
