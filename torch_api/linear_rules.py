@@ -8,6 +8,7 @@ Second derivatives go through `cross_entropy_rows` of whole logits, differentiat
 """
 
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,8 +119,10 @@ class LinearGradients(Function):
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             # Views are nodes to differentiate by that stay connected to their inputs for higher orders.
-            views = [_differentiable_view(x) for x in inputs]
-            outputs = _whole_gradients(Head(*views[:4], head[4]), views[4], views[5], ctx.static, ctx.wanted)
+            views: list[Any] = [_differentiable_view(x) for x in inputs]
+            *arrays, dloss_view, dlse_view = views
+            whole = Head(*arrays, class_weight=head[4])
+            outputs = _whole_gradients(whole, dloss_view, dlse_view, ctx.static, ctx.wanted)
         pairs = [(y, dy) for y, dy in zip(outputs, cotangents, strict=True) if y is not None and dy is not None]
         targets = [view for view, want in zip(views, wanted, strict=True) if want]
         ys, dys = zip(*pairs, strict=True)
