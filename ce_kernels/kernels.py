@@ -16,6 +16,15 @@ import triton.language as tl
 
 
 @triton.jit
+def _row_offset(row, STRIDE: tl.constexpr, rows_inner, outer_stride):
+    """Where a row starts. With rows_inner, rows lie in two levels, as those of logits[:, :-1] do in [B, T, V]."""
+    if rows_inner is None:
+        return row * STRIDE
+    else:
+        return (row // rows_inner) * outer_stride + (row % rows_inner) * STRIDE
+
+
+@triton.jit
 def _scalar(value, DTYPE: tl.constexpr, SCALARS_IN_MEMORY: tl.constexpr):
     # Launch parameters hold floats as fp32; fp64 problems pass 0-d arrays instead.
     if value is None:
@@ -310,7 +319,7 @@ def _statistics_phase(
     return column, tl.where(label_x == float("-inf"), 0.0, mass), lse, s, ignored
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["ignore_index", "rows_inner"])
 def cross_entropy_stats_kernel(
     logits_ptr,
     target_ptr,
@@ -321,6 +330,8 @@ def cross_entropy_stats_kernel(
     z_loss,
     logit_scale,
     softcap,
+    rows_inner,
+    logits_outer_stride,
     loss_ptr,
     lse_ptr,
     target_sum_ptr,
@@ -342,7 +353,7 @@ def cross_entropy_stats_kernel(
     DTYPE: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
     row = tl.program_id(0).to(tl.int64)
     _statistics_phase(
-        row, logits_ptr + row * LOGITS_STRIDE, target_ptr + row * TARGET_STRIDE, target_ptr, weight_ptr,
+        row, logits_ptr + _row_offset(row, LOGITS_STRIDE, rows_inner, logits_outer_stride), target_ptr + row * TARGET_STRIDE, target_ptr, weight_ptr,
         vocab_start_ptr, ignore_index, _scalar(label_smoothing, DTYPE, SCALARS_IN_MEMORY),
         _scalar(z_loss, DTYPE, SCALARS_IN_MEMORY), _scalar(logit_scale, DTYPE, SCALARS_IN_MEMORY),
         _scalar(softcap, DTYPE, SCALARS_IN_MEMORY), loss_ptr, lse_ptr, target_sum_ptr, predicted_ptr,
@@ -350,7 +361,7 @@ def cross_entropy_stats_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["ignore_index", "rows_inner"])
 def cross_entropy_grad_kernel(
     logits_ptr,
     target_ptr,
@@ -365,11 +376,15 @@ def cross_entropy_grad_kernel(
     z_loss,
     logit_scale,
     softcap,
+    rows_inner,
+    logits_outer_stride,
+    dlogits_outer_stride,
     dlogits_ptr,
     dtarget_ptr,
     N_CLASSES: tl.constexpr,
     TOTAL_CLASSES: tl.constexpr,
     LOGITS_STRIDE: tl.constexpr,
+    DLOGITS_STRIDE: tl.constexpr,
     TARGET_STRIDE: tl.constexpr,
     DLOSS_STRIDE: tl.constexpr,
     DLSE_STRIDE: tl.constexpr,
@@ -384,7 +399,7 @@ def cross_entropy_grad_kernel(
     """
     DTYPE: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
     row = tl.program_id(0).to(tl.int64)
-    logits_row_ptr = logits_ptr + row * LOGITS_STRIDE
+    logits_row_ptr = logits_ptr + _row_offset(row, LOGITS_STRIDE, rows_inner, logits_outer_stride)
     alpha = _scalar(label_smoothing, DTYPE, SCALARS_IN_MEMORY)
     scale = _scalar(logit_scale, DTYPE, SCALARS_IN_MEMORY)
     cap = _scalar(softcap, DTYPE, SCALARS_IN_MEMORY)
@@ -400,13 +415,14 @@ def cross_entropy_grad_kernel(
         logits_row_ptr, target_ptr + row * TARGET_STRIDE, weight_ptr, column, mass, tl.load(lse_ptr + row),
         tl.load(target_sum_ptr + row), tl.where(ignored, 0.0, tl.load(dloss_ptr + row * DLOSS_STRIDE).to(DTYPE)), dlse,
         alpha, _scalar(z_loss, DTYPE, SCALARS_IN_MEMORY), scale, cap,
-        logits_row_ptr if dlogits_ptr is None else dlogits_ptr + row * N_CLASSES,
+        logits_row_ptr if dlogits_ptr is None
+        else dlogits_ptr + _row_offset(row, DLOGITS_STRIDE, rows_inner, dlogits_outer_stride),
         None if dtarget_ptr is None else dtarget_ptr + row * N_CLASSES,
         N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, BLOCK, DTYPE,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["ignore_index", "rows_inner"])
 def cross_entropy_fused_kernel(
     logits_ptr,
     target_ptr,
@@ -418,6 +434,9 @@ def cross_entropy_fused_kernel(
     z_loss,
     logit_scale,
     softcap,
+    rows_inner,
+    logits_outer_stride,
+    dlogits_outer_stride,
     loss_ptr,
     lse_ptr,
     target_sum_ptr,
@@ -425,6 +444,7 @@ def cross_entropy_fused_kernel(
     N_CLASSES: tl.constexpr,
     TOTAL_CLASSES: tl.constexpr,
     LOGITS_STRIDE: tl.constexpr,
+    DLOGITS_STRIDE: tl.constexpr,
     TARGET_STRIDE: tl.constexpr,
     DENOMINATOR_STRIDE: tl.constexpr,
     SOFT_TARGETS: tl.constexpr,
@@ -439,7 +459,7 @@ def cross_entropy_fused_kernel(
     """
     DTYPE: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
     row = tl.program_id(0).to(tl.int64)
-    logits_row_ptr = logits_ptr + row * LOGITS_STRIDE
+    logits_row_ptr = logits_ptr + _row_offset(row, LOGITS_STRIDE, rows_inner, logits_outer_stride)
     target_row_ptr = target_ptr + row * TARGET_STRIDE
     alpha = _scalar(label_smoothing, DTYPE, SCALARS_IN_MEMORY)
     z_weight = _scalar(z_loss, DTYPE, SCALARS_IN_MEMORY)
@@ -455,7 +475,8 @@ def cross_entropy_fused_kernel(
     _store_gradient(
         logits_row_ptr, target_row_ptr, weight_ptr, column, mass, lse, s,
         dloss, None, alpha, z_weight, scale, cap,
-        logits_row_ptr if dlogits_ptr is None else dlogits_ptr + row * N_CLASSES, None,
+        logits_row_ptr if dlogits_ptr is None
+        else dlogits_ptr + _row_offset(row, DLOGITS_STRIDE, rows_inner, dlogits_outer_stride), None,
         N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, BLOCK, DTYPE,
     )  # fmt: skip
 

@@ -14,7 +14,11 @@ ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 @dataclass(frozen=True)
 class Problem:
-    """Rows of logits as a kernel sees them; strides in elements; `total_classes` is V where a row is a slice of it."""
+    """Rows of logits as a kernel sees them; strides in elements; `total_classes` is V where a row is a slice of it.
+
+    With rows_inner, row i starts at (i // rows_inner)·outer_stride + (i % rows_inner)·stride, in logits and dlogits;
+    dlogits_stride None means n_classes.
+    """
 
     n_rows: int
     n_classes: int
@@ -23,6 +27,10 @@ class Problem:
     logits_stride: int
     target_stride: int
     total_classes: int
+    rows_inner: int | None = None
+    logits_outer_stride: int | None = None
+    dlogits_stride: int | None = None
+    dlogits_outer_stride: int | None = None
 
     @property
     def compute_dtype(self) -> str:
@@ -48,7 +56,8 @@ class Output:
 class Launch:
     """All that is known of a kernel call without data.
 
-    `constants` are the kernel's constexpr parameters; `in_place` means that dlogits overwrites the logits.
+    `constants` are the kernel's constexpr parameters, and the second row level where there is one; `in_place` means that
+    dlogits overwrites the logits.
     """
 
     kernel: str
@@ -120,6 +129,13 @@ def _plan(
     }
     if kernel != "grad":
         constants["GROUP"] = 16 // itemsize
+    if kernel != "stats":
+        constants["DLOGITS_STRIDE"] = problem.dlogits_stride or problem.n_classes
+    if problem.rows_inner is not None:
+        # Run-time values: a constant sequence length would compile every length anew.
+        constants |= {"rows_inner": problem.rows_inner, "logits_outer_stride": problem.logits_outer_stride}
+        if kernel != "stats":
+            constants["dlogits_outer_stride"] = problem.dlogits_outer_stride
     return Launch(
         kernel=f"cross_entropy_{kernel}_kernel",
         grid=(problem.n_rows,),

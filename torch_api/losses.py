@@ -4,22 +4,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ce_kernels import Options
-from ce_kernels.checks import (
-    Facts,
-    check_denominator,
-    check_logits,
-    check_target,
-    check_weight,
-    denominator_error,
-    is_number,
-    label_error,
-)
-from ce_kernels.spec import Implementation, Reduction, check_reduction, fail
-from torch_api.launch import choose_implementation
+from ce_kernels.spec import Implementation, Reduction, check_reduction
+from torch_api import donation, layout, tracing
+from torch_api.arguments import Choices, checked, divisor
 from torch_api.reference import compute_dtype
-from torch_api.rules import FusedLoss, RowLosses
+from torch_api.rows import Inputs, RowSpec
+from torch_api.rules import FusedLoss, row_losses
 
 
 class RowOutputs(NamedTuple):
@@ -44,6 +36,7 @@ def cross_entropy(
     denominator: float | Tensor | None = None,
     dim: int | None = None,
     implementation: Implementation | None = None,
+    donate_logits: bool = False,
 ) -> Tensor:
     r"""Softmax cross-entropy of logits, as `torch.nn.functional.cross_entropy` with z-loss, soft cap and logit scale.
 
@@ -70,6 +63,8 @@ def cross_entropy(
         denominator: replaces the divisor of `mean`; a number or a tensor of one element, never read by the host.
         dim: the class dimension; None means 1, or 0 for a single row. dim=-1 takes [batch, time, classes] as it is.
         implementation: "triton", "reference" or None to choose by device.
+        donate_logits: lets the gradient overwrite input, which must not be used afterwards: half the memory. Without
+            a gradient nothing is overwritten.
 
     Returns:
         The loss in nats: float32 (float64 for float64 input); in target's shape for `none`, else 0-d. Out-of-range
@@ -78,6 +73,7 @@ def cross_entropy(
     Raises:
         TypeError, ValueError: what was passed, what is required, what to write instead.
         IndexError: an out-of-range class index, where finding it needs no device synchronisation.
+        RuntimeError: in backward, where donated logits are needed again.
 
     Example:
         >>> import torch
@@ -91,25 +87,26 @@ def cross_entropy(
 
     Source: the contract in `ce_kernels.spec`; `torch.nn.functional.cross_entropy`.
     """
+    if has_torch_function_variadic(input, target, weight):
+        return _overridden(cross_entropy, locals())
+    choices = Choices(ignore_index, label_smoothing, z_loss, softcap, logit_scale, dim, implementation)
     check_reduction(reduction, denominator)
-    options = Options.checked(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    rows = _rows(input, target, weight, options, dim, implementation)
+    inputs, spec = checked(input, target, weight, choices)
+    if donate_logits:
+        donation.check(inputs.logits)
     if reduction == "none":
-        return _row_losses(rows, with_argmax=False)[0].view(rows.shape)
-    divisor = None if reduction == "sum" else _divisor(rows, denominator)
-    others = (rows.target, rows.weight, divisor)
-    if (
-        torch.is_grad_enabled()
-        and rows.logits.requires_grad
-        # Loss scaling exists because p / N is below fp16's range: round only after the upstream gradient is known.
-        and rows.logits.dtype != torch.float16
-        and not any(other is not None and other.requires_grad for other in others)
-    ):
-        if divisor is None:
-            divisor = torch.ones((), dtype=compute_dtype(rows.logits), device=input.device)
-        return FusedLoss.apply(rows.logits, rows.target, rows.weight, divisor, rows.options, rows.implementation)
-    total = _row_losses(rows, with_argmax=False)[0].sum()
-    return total if divisor is None else total / divisor
+        return row_losses(inputs, spec, donate=donate_logits).loss
+    eager = tracing.is_eager(*inputs)
+    trains = eager and torch.is_grad_enabled() and inputs.logits.requires_grad
+    if not trains and eager and reduction == "mean" and denominator is None and not _needs_graph(inputs):
+        return _mean_without_gradient(inputs, spec)
+    by = 1.0 if reduction == "sum" else divisor(inputs, spec, denominator)
+    if trains and _fuses(inputs, by, donate_logits):
+        dtype = compute_dtype(inputs.logits)
+        by = by if isinstance(by, Tensor) else torch.full((), by, dtype=dtype, device=input.device)
+        return FusedLoss.apply(*inputs, by, spec, donate_logits)
+    total = row_losses(inputs, spec, donate=donate_logits).loss.sum()
+    return total if reduction == "sum" else total / by
 
 
 def cross_entropy_rows(
@@ -146,110 +143,43 @@ def cross_entropy_rows(
 
     Source: the contract in `ce_kernels.spec`.
     """
-    options = Options.checked(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    rows = _rows(input, target, weight, options, dim, implementation)
-    loss, lse, predicted = _row_losses(rows, with_argmax=True)
-    return RowOutputs(loss.view(rows.shape), lse.view(rows.shape), predicted.long().view(rows.shape))
+    if has_torch_function_variadic(input, target, weight):
+        return _overridden(cross_entropy_rows, locals())
+    choices = Choices(ignore_index, label_smoothing, z_loss, softcap, logit_scale, dim, implementation)
+    inputs, spec = checked(input, target, weight, choices)
+    out = row_losses(inputs, spec, with_argmax=True)
+    assert out.predicted is not None
+    return RowOutputs(out.loss, out.lse, out.predicted.long())
 
 
-class _Rows(NamedTuple):
-    """Checked arguments as rows [N, V] with the classes contiguous, and the shape of the rows in the user's arrays."""
-
-    logits: Tensor
-    target: Tensor
-    weight: Tensor | None
-    options: Options
-    shape: torch.Size
-    implementation: str
+def _overridden(function, arguments: dict):
+    """The call as tensor subclasses with `__torch_function__` want it."""
+    input, target, weight = (arguments.pop(name) for name in ("input", "target", "weight"))
+    return handle_torch_function(function, (input, target, weight), input, target, weight, **arguments)
 
 
-def _rows(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: Options,
-    dim: int | None,
-    implementation: str | None,
-) -> _Rows:
-    logits_facts, target_facts = _facts("input", input), _facts("target", target)
-    axis = check_logits(logits_facts, min(1, input.ndim - 1) if dim is None else dim)
-    soft = check_target(logits_facts, target_facts, axis, options)
-    n_classes = input.shape[axis]
-    if weight is not None:
-        check_weight(_facts("weight", weight), n_classes)
-        weight = weight.contiguous()
-    for name, other in (("target", target), ("weight", weight)):
-        if other is not None and other.device != input.device:
-            passed = f"{name} on {other.device} with input on {input.device}"
-            fail(ValueError, passed, "one device", f"{name}.to(input.device)")
-    rows = _class_rows(target, axis) if soft else _index_rows(target)
-    if not soft:
-        options = options.for_labels(_facts("target", rows).dtype)
-        if target.device.type == "cpu":
-            _check_labels(rows, n_classes, options)
-    return _Rows(
-        _class_rows(input, axis),
-        rows,
-        weight,
-        options,
-        input.shape[:axis] + input.shape[axis + 1 :],
-        choose_implementation(implementation, input.device),
+def _needs_graph(inputs: Inputs) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
+def _fuses(inputs: Inputs, by: float | Tensor, donate: bool) -> bool:
+    """Whether loss and gradient are one launch: the gradient of the logits is the only one, and may be rounded now."""
+    others = (inputs.target, inputs.weight, by)
+    return (
+        # Loss scaling exists because p / N is below fp16's range: round only after the upstream gradient is known.
+        inputs.logits.dtype != torch.float16
+        and not any(isinstance(other, Tensor) and other.requires_grad for other in others)
+        # The backward scales its buffer as a whole.
+        and not (donate and not layout.is_dense(inputs.logits))
     )
 
 
-def _class_rows(array: Tensor, axis: int) -> Tensor:
-    rows = array.movedim(axis, -1).reshape(-1, array.shape[axis])
-    # A kernel walks a row with unit stride.
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
-def _index_rows(target: Tensor) -> Tensor:
-    # Narrow and unsigned integers cannot hold a negative ignore_index.
-    return target.reshape(-1).to(target.dtype if target.dtype in (torch.int32, torch.int64) else torch.int64)
-
-
-def _facts(name: str, value: Tensor) -> Facts:
-    if not isinstance(value, Tensor):
-        fail(TypeError, f"{name} of type {type(value).__name__}", "a torch.Tensor", f"torch.as_tensor({name})")
-    return Facts(name, tuple(value.shape), str(value.dtype).removeprefix("torch."))
-
-
-def _check_labels(target: Tensor, n_classes: int, options: Options) -> None:
-    bad = ((target < 0) | (target >= n_classes)) & _counted(target, options)
-    if bad.any():
-        label_error("target", int(target[bad][0]), n_classes)
-
-
-def _counted(target: Tensor, options: Options) -> Tensor:
-    if options.ignore_index is None:
-        return torch.ones_like(target, dtype=torch.bool)
-    return target != options.ignore_index
-
-
-def _row_losses(rows: _Rows, *, with_argmax: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return RowLosses.apply(rows.logits, rows.target, rows.weight, rows.options, rows.implementation, with_argmax)
-
-
-def _divisor(rows: _Rows, denominator: float | Tensor | None) -> Tensor:
-    """The 0-d divisor of `mean`, on the device, without reading it."""
-    dtype, device = compute_dtype(rows.logits), rows.logits.device
-    if isinstance(denominator, Tensor):
-        check_denominator(_facts("denominator", denominator))
-        if denominator.device.type not in ("cpu", device.type):
-            passed = f"denominator on {denominator.device} with input on {device}"
-            fail(ValueError, passed, "one device", "denominator.to(input.device)")
-        return denominator.reshape(()).to(device=device, dtype=dtype, non_blocking=True)
-    if denominator is not None:
-        if not is_number(denominator):
-            denominator_error(denominator)
-        return torch.full((), denominator, dtype=dtype, device=device)
-    if rows.target.is_floating_point():
-        return torch.full((), len(rows.logits), dtype=dtype, device=device)
-    counted = _counted(rows.target, rows.options)
-    if rows.weight is None:
-        return counted.sum(dtype=dtype)
-    label = rows.target.long()
-    valid = (label >= 0) & (label < rows.logits.shape[-1])
-    # An invalid label makes the mean NaN by its loss; counted as 1, it leaves the other rows' gradients finite.
-    mass = torch.where(valid, rows.weight.to(dtype)[torch.where(valid, label, 0)], 1.0)
-    return torch.where(counted, mass, 0.0).sum()
+def _mean_without_gradient(inputs: Inputs, spec: RowSpec) -> Tensor:
+    """`mean` where no gradient is asked for: the launch has summed what it divides by."""
+    out = row_losses(inputs, spec)
+    if inputs.target.is_floating_point():
+        return out.loss.sum() / (inputs.target.numel() // inputs.target.shape[-1])
+    if spec.options.label_smoothing:
+        return out.loss.sum() / divisor(inputs, spec, None)
+    # s = Σq of a hard label is its weight: 0 where it is ignored, NaN where it is invalid, as is the loss.
+    return out.loss.sum() / out.target_sum.sum()

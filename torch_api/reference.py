@@ -1,7 +1,7 @@
 """The contract in plain PyTorch operations: the implementation on CPUs, and the rule of second derivatives.
 
 `stats` and `grad` mirror the kernels: rows [N, V], row vectors [N], the formula of `ce_kernels.spec`, with q split into
-a hard label's own mass and the mass that is spread over all classes. Both are differentiable by autograd.
+a hard label's own mass and the mass that is spread over all classes. Both are differentiable by autograd, in every mode.
 """
 
 from typing import NamedTuple
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ce_kernels import Options
+from torch_api.rows import Inputs, RowSpec, Stats, Upstream
 
 
 def compute_dtype(logits: Tensor) -> torch.dtype:
@@ -17,17 +18,16 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def stats(
-    logits: Tensor, target: Tensor, weight: Tensor | None, options: Options, with_argmax: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def stats(inputs: Inputs, spec: RowSpec, with_argmax: bool) -> Stats:
     """loss, lse, s = Σq and (with_argmax) argmax per row; lse of ignored rows is 0 unless with_argmax."""
-    r = logits.to(compute_dtype(logits))
+    options = spec.options
+    r = inputs.logits.to(compute_dtype(inputs.logits))
     x, _ = _transform(r, options)
     m = x.detach().amax(-1, keepdim=True)
     m = torch.where(m == -torch.inf, 0.0, m)
     log_d = (x - m).exp_().sum(-1).log()
     m = m.squeeze(-1)
-    label, spread = _targets(x, target, weight, options)
+    label, spread = _targets(x, inputs, spec)
     # Against the row's maximum, so that a confident row keeps its small loss; no 0·∞ at masked classes.
     s = label.mass
     loss = s * (m - torch.where((label.x == -torch.inf) & (s == 0), m, label.x))
@@ -43,30 +43,24 @@ def stats(
     poison = torch.where(label.invalid, torch.nan, 1.0)
     loss, s = torch.where(label.ignored, 0.0, loss * poison), torch.where(label.ignored, 0.0, s * poison)
     if not with_argmax:
-        return loss, torch.where(label.ignored, 0.0, lse), s, None
+        return Stats(loss, torch.where(label.ignored, 0.0, lse), s)
     key = torch.where(r == -torch.inf, -torch.inf, r * options.logit_scale)
-    return loss, lse, s, key.argmax(-1).to(torch.int32)
+    return Stats(loss, lse, s, key.argmax(-1).to(torch.int32))
 
 
 def grad(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    lse: Tensor,
-    target_sum: Tensor,
-    dloss: Tensor,
-    dlse: Tensor | None,
-    options: Options,
-    with_dtarget: bool,
-    skip_zero: bool = True,
+    inputs: Inputs, upstream: Upstream, spec: RowSpec, with_dtarget: bool, skip_zero: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """dlogits = slope·(a·p − b·q), and (with_dtarget) dtarget = b·(1−α)·w·(lse − x), each in its input's dtype.
 
     skip_zero: a row without upstream gradient has none, whatever it holds. It cuts the derivative by the upstream
     gradient at 0, so second derivatives go without it.
     """
+    logits, target, weight = inputs
+    lse, target_sum, dloss, dlse = upstream
+    options = spec.options
     x, slope = _transform(logits.to(lse.dtype), options)
-    label, spread = _targets(x, target, weight, options)
+    label, spread = _targets(x, inputs, spec)
     b = torch.where(label.ignored, 0.0, dloss)
     a = b * (target_sum + 2.0 * options.z_loss * lse)
     if skip_zero:
@@ -93,21 +87,26 @@ def grad(
     return dlogits.to(logits.dtype), dtarget.to(target.dtype)
 
 
-def without_dead_rows(
-    logits: Tensor, target: Tensor, weight: Tensor | None, dloss: Tensor, dlse: Tensor | None, options: Options
-) -> tuple[Tensor, Tensor]:
-    """logits and target with 0 in rows without upstream gradient whose loss or lse is not finite: 0·NaN is NaN."""
+def without_dead_rows(inputs: Inputs, spec: RowSpec, dloss: Tensor, dlse: Tensor | None) -> Inputs:
+    """Inputs with 0 in rows without upstream gradient whose loss or lse is not finite: 0·NaN is NaN."""
+    logits, target, weight = inputs
     with torch.no_grad():
-        loss, lse, _, _ = stats(logits, target, weight, options, with_argmax=True)
+        out = stats(inputs, spec, with_argmax=True)
         hard = not target.is_floating_point()
-        ignored = torch.zeros_like(loss, dtype=torch.bool)
-        if hard and options.ignore_index is not None:
-            ignored = target == options.ignore_index
-        dead = ((dloss == 0) | ignored) & ~(loss.isfinite() & lse.isfinite())
+        ignored = is_ignored(inputs, spec.options)
+        dead = ((dloss == 0) | ignored) & ~(out.loss.isfinite() & out.lse.isfinite())
         if dlse is not None:
-            dead &= dlse == 0
+            dead = dead & (dlse == 0)
     safe = torch.where(dead & ~ignored, 0, target) if hard else torch.where(dead[:, None], 0.0, target)
-    return torch.where(dead[:, None], 0.0, logits), safe
+    return Inputs(torch.where(dead[:, None], 0.0, logits), safe, weight)
+
+
+def is_ignored(inputs: Inputs, options: Options) -> Tensor:
+    """Whether each row is left out of the loss."""
+    logits, target, _ = inputs
+    if target.is_floating_point() or options.ignore_index is None:
+        return torch.zeros(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+    return target == options.ignore_index
 
 
 class _Label(NamedTuple):
@@ -120,29 +119,30 @@ class _Label(NamedTuple):
     invalid: Tensor
 
 
-def _targets(x: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> tuple[_Label, Tensor | None]:
+def _targets(x: Tensor, inputs: Inputs, spec: RowSpec) -> tuple[_Label, Tensor | None]:
     """q in two parts: the labels' own mass, (1−α)·w_label, and what is spread: w·((1−α)·t + α/V), None for none."""
     n_classes = x.shape[-1]
-    keep, uniform = 1.0 - options.label_smoothing, options.label_smoothing / n_classes
-    w = None if weight is None else weight.to(x.dtype)
-    if target.is_floating_point():
-        no = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    total, smoothing = spec.total_classes or n_classes, spec.options.label_smoothing
+    keep, uniform = 1.0 - smoothing, smoothing / total
+    w = None if inputs.weight is None else inputs.weight.to(x.dtype)
+    ignored = is_ignored(inputs, spec.options)
+    if inputs.target.is_floating_point():
         zero = torch.zeros(len(x), dtype=x.dtype, device=x.device)
-        spread = keep * target.to(x.dtype) + uniform
-        return _Label(zero.long(), zero, zero, no, no), spread if w is None else spread * w
-    index = target.long()
-    valid = (index >= 0) & (index < n_classes)
-    ignored = index == options.ignore_index if options.ignore_index is not None else torch.zeros_like(valid)
-    column = torch.where(valid, index, 0)
-    mass = keep * valid.to(x.dtype)
+        spread = keep * inputs.target.to(x.dtype) + uniform
+        return _Label(zero.long(), zero, zero, ignored, ignored), spread if w is None else spread * w
+    index = inputs.target.long()
+    column = index - (spec.vocab_start or 0)
+    inside = (column >= 0) & (column < n_classes)
+    column = torch.where(inside, column, 0)
+    mass = keep * inside.to(x.dtype)
     label = _Label(
         column,
         x.gather(-1, column[:, None]).squeeze(-1),
         mass if w is None else mass * w[column],
         ignored,
-        ~valid & ~ignored,
+        ~((index >= 0) & (index < total)) & ~ignored,
     )
-    if not options.label_smoothing:
+    if not smoothing:
         return label, None
     spread = torch.full((1, n_classes), uniform, dtype=x.dtype, device=x.device)
     return label, spread if w is None else spread * w

@@ -1,112 +1,238 @@
-"""Derivatives: autograd Functions over the row operations of `torch_api.launch`.
+"""Derivatives: autograd Functions over the row operations.
 
-    RowLosses      (loss, lse, predicted) of rows, for any upstream gradients: statistics, then gradient
+    RowLosses      (loss, lse, s, predicted) of rows, for any upstream gradients: statistics, then gradient
     RowGradients   the backward of RowLosses as an operation of its own, so that it can be differentiated again
-    FusedLoss      Σ loss / denominator with the gradient computed in the forward: the fast path of training
+    FusedLoss      Σ loss / denominator with the gradient computed in the forward: the fast path of eager training
 
-Second derivatives go through the plain operations of `torch_api.reference`, differentiated by autograd.
+Second derivatives, and forward mode, go through the plain operations of `torch_api.reference`, which PyTorch
+differentiates in every mode. `torch.func` folds mapped dimensions into rows: a vmap is one launch.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ce_kernels import Options
-from torch_api import launch, reference
+from ce_kernels.spec import fail
+from torch_api import launch, ops, reference, tracing
+from torch_api.batching import to_rows
+from torch_api.rows import Inputs, RowSpec, Stats, Upstream
+
+
+def row_losses(inputs: Inputs, spec: RowSpec, *, with_argmax: bool = False, donate: bool = False) -> Stats:
+    """Statistics of rows, differentiable in loss and lse: alone or together, in whatever mode is active."""
+    if tracing.is_higher_order():
+        return plain_row_losses(inputs, spec, with_argmax=with_argmax)
+    if not tracing.is_eager(*inputs):
+        return Stats(*RowLosses.apply(*inputs, spec, with_argmax, False))
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        return Stats(*_EagerRowLosses.apply(*inputs, spec, with_argmax, donate))
+    return launch.stats(inputs, spec, with_argmax=with_argmax)
+
+
+def plain_row_losses(inputs: Inputs, spec: RowSpec, *, with_argmax: bool) -> Stats:
+    """`row_losses` in operations that every transform differentiates to every order, with their memory."""
+    ignored = reference.is_ignored(inputs, spec.options)
+    # Ignored rows may hold anything, also where a derivative multiplies it by 0.
+    logits = inputs.logits if with_argmax else torch.where(ignored[..., None], 0.0, inputs.logits)
+    out = reference.stats(launch.flat(Inputs(logits, inputs.target, inputs.weight)), spec, with_argmax)
+    return Stats(*(None if x is None else x.reshape(inputs.logits.shape[:-1]) for x in out))
 
 
 class RowLosses(Function):
-    """(loss, lse, predicted) per row; the first two differentiable together or alone."""
+    """(loss, lse, s, predicted) per row; the first two differentiable together or alone."""
 
     @staticmethod
-    def forward(ctx, logits, target, weight, options: Options, implementation: str, with_argmax: bool):
-        out = launch.stats(logits, target, weight, options, implementation, with_argmax=with_argmax)
-        ctx.save_for_backward(logits, target, weight, out.lse, out.target_sum)
-        ctx.options, ctx.implementation = options, implementation
+    def forward(logits, target, weight, spec: RowSpec, with_argmax: bool, donate: bool):
+        row_operations = ops if tracing.is_opaque(logits, target, weight) else launch
+        return tuple(row_operations.stats(Inputs(logits, target, weight), spec, with_argmax=with_argmax))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logits, target, weight, ctx.spec, _, ctx.donate = inputs
+        _, lse, target_sum, predicted = output
+        ctx.save_for_backward(logits, target, weight, lse, target_sum)
         ctx.set_materialize_grads(False)
-        if out.predicted is not None:
-            ctx.mark_non_differentiable(out.predicted)
-        return out.loss, out.lse, out.predicted
+        ctx.spent = False
+        if predicted is None:
+            ctx.mark_non_differentiable(target_sum)
+        else:
+            ctx.mark_non_differentiable(target_sum, predicted)
 
     @staticmethod
-    def backward(ctx, dloss, dlse, _):
+    def backward(ctx, *upstream):
+        dloss, dlse, _, _ = upstream
         if dloss is None and dlse is None:
             return (None,) * 6
+        if ctx.donate:
+            _check_donation(ctx, dloss, dlse)
         logits, target, weight, lse, target_sum = ctx.saved_tensors
         if dloss is None:
-            dloss = torch.zeros((), dtype=lse.dtype, device=lse.device).expand(len(lse))
+            dloss = torch.zeros((), dtype=lse.dtype, device=lse.device).expand(lse.shape)
         needs_logits, needs_target, needs_weight = ctx.needs_input_grad[:3]
         dlogits = dtarget = dweight = None
-        if needs_logits or needs_target:
-            dlogits, dtarget = RowGradients.apply(
-                logits, target, weight, lse, target_sum, dloss, dlse, ctx.options, ctx.implementation, needs_target
-            )
         if needs_weight:
-            dweight = _weight_gradient(logits, target, weight, dloss, ctx.options)
+            dweight = _weight_gradient(Inputs(logits, target, weight), ctx.spec, dloss)
+        if ctx.donate and needs_logits:
+            upstream = Upstream(lse, target_sum, dloss, dlse)
+            dlogits, dtarget = launch.grad(
+                Inputs(logits, target, weight), upstream, ctx.spec, with_dtarget=needs_target, donate=True
+            )
+            dlogits = _taken(logits, dlogits)
+        elif needs_logits or needs_target:
+            dlogits, dtarget = _row_gradients(
+                logits, target, weight, lse, target_sum, dloss, dlse, ctx.spec, needs_target
+            )
         return dlogits, dtarget, dweight, None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, logits, target, weight, spec, with_argmax, donate):
+        def own(logits, target, weight):
+            return RowLosses.apply(logits, target, weight, spec, with_argmax, donate)
+
+        return to_rows(own, info.batch_size, in_dims[:3], (logits, target, weight), weight=2)
 
 
 class RowGradients(Function):
-    """(dlogits, dtarget) per row from saved statistics; lse and target_sum count as functions of the logits."""
+    """(dlogits, dtarget) per row from saved statistics; lse and s count as functions of the logits."""
 
     @staticmethod
-    def forward(ctx, logits, target, weight, lse, target_sum, dloss, dlse, options, implementation, with_dtarget):
+    def forward(logits, target, weight, lse, target_sum, dloss, dlse, spec: RowSpec, with_dtarget: bool):
+        inputs, upstream = Inputs(logits, target, weight), Upstream(lse, target_sum, dloss, dlse)
+        opaque = tracing.is_opaque(*inputs, *upstream) or tracing.is_batched(dloss, dlse)
+        row_operations = ops if opaque else launch
+        return row_operations.grad(inputs, upstream, spec, with_dtarget=with_dtarget)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logits, target, weight, _, _, dloss, dlse, ctx.spec, ctx.with_dtarget = inputs
         ctx.save_for_backward(logits, target, weight, dloss, dlse)
-        ctx.options, ctx.with_dtarget = options, with_dtarget
         ctx.set_materialize_grads(False)
-        return launch.grad(
-            logits, target, weight, lse, target_sum, dloss, dlse, options, implementation, with_dtarget=with_dtarget
-        )
 
     @staticmethod
-    def backward(ctx, ddlogits, ddtarget):
+    def backward(ctx, *cotangents):
+        spec, with_dtarget = ctx.spec, ctx.with_dtarget
+
         def plain(logits, target, weight, dloss, dlse):
-            logits, target = reference.without_dead_rows(logits, target, weight, dloss, dlse, ctx.options)
+            shape, soft_shape = logits.shape, target.shape
+            dloss, dlse = dloss.reshape(-1), None if dlse is None else dlse.reshape(-1)
+            inputs = launch.flat(Inputs(logits, target, weight))
+            inputs = reference.without_dead_rows(inputs, spec, dloss, dlse)
             # Ignored rows have an lse only where one was asked for.
-            _, lse, target_sum, _ = reference.stats(logits, target, weight, ctx.options, with_argmax=dlse is not None)
-            upstream = (lse, target_sum, dloss, dlse)
-            return reference.grad(logits, target, weight, *upstream, ctx.options, ctx.with_dtarget, skip_zero=False)
+            out = reference.stats(inputs, spec, with_argmax=dlse is not None)
+            upstream = Upstream(out.lse, out.target_sum, dloss, dlse)
+            dlogits, dtarget = reference.grad(inputs, upstream, spec, with_dtarget, skip_zero=False)
+            return dlogits.reshape(shape), None if dtarget is None else dtarget.reshape(soft_shape)
 
         wanted = ctx.needs_input_grad[:3] + ctx.needs_input_grad[5:7]
-        cotangents = (ddlogits, ddtarget)
         dlogits, dtarget, dweight, ddloss, ddlse = _plain_gradients(plain, ctx.saved_tensors, wanted, cotangents)
-        return dlogits, dtarget, dweight, None, None, ddloss, ddlse, None, None, None
+        return dlogits, dtarget, dweight, None, None, ddloss, ddlse, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        def own(*tensors):
+            return RowGradients.apply(*tensors, *args[7:])
+
+        return to_rows(own, info.batch_size, in_dims[:7], args[:7], weight=2)
+
+
+class _EagerRowLosses(RowLosses):
+    # Without setup_context: 50 µs less a call (torch 2.15), and no torch.func.
+    setup_context = Function.setup_context
+
+    @staticmethod
+    def forward(ctx, *args):
+        out = RowLosses.forward(*args)
+        RowLosses.setup_context(ctx, args, out)
+        return out
+
+
+class _EagerRowGradients(RowGradients):
+    setup_context = Function.setup_context
+
+    @staticmethod
+    def forward(ctx, *args):
+        out = RowGradients.forward(*args)
+        RowGradients.setup_context(ctx, args, out)
+        return out
 
 
 class FusedLoss(Function):
-    """Σ loss / denominator (a 0-d tensor), with dlogits computed in the forward."""
+    """Σ loss / denominator (a 0-d tensor), with dlogits computed in the forward; eager only."""
 
     @staticmethod
-    def forward(ctx, logits, target, weight, denominator, options: Options, implementation: str):
-        out, dlogits = launch.fused(logits, target, weight, denominator, options, implementation)
-        ctx.save_for_backward(logits, target, weight, out.lse, out.target_sum, denominator, dlogits)
-        ctx.options, ctx.implementation, ctx.spent = options, implementation, False
+    def forward(ctx, logits, target, weight, denominator, spec: RowSpec, donate: bool):
+        out, dlogits = launch.fused(Inputs(logits, target, weight), denominator, spec, donate=donate)
+        ctx.spec, ctx.donate, ctx.spent = spec, donate, False
+        if donate:
+            ctx.save_for_backward(_taken(logits, dlogits))
+        else:
+            ctx.save_for_backward(dlogits, logits, target, weight, out.lse, out.target_sum, denominator)
         return out.loss.sum() / denominator
 
     @staticmethod
     def backward(ctx, g):
-        logits, target, weight, lse, target_sum, denominator, dlogits = ctx.saved_tensors
-        if torch.is_grad_enabled() or ctx.spent:
+        if ctx.donate:
+            _check_donation(ctx, g)
+        dlogits, *saved = ctx.saved_tensors
+        if not ctx.donate and (torch.is_grad_enabled() or ctx.spent or _is_mapped(g)):
             # Under create_graph, or after a first backward gave its buffer away: compute the gradient anew.
-            dloss = (g / denominator).expand(len(lse))
-            dlogits, _ = RowGradients.apply(
-                logits, target, weight, lse, target_sum, dloss, None, ctx.options, ctx.implementation, False
-            )
-        else:
-            ctx.spent = True
-            dlogits = launch.scaled(dlogits, g, ctx.implementation)
+            logits, target, weight, lse, target_sum, denominator = saved
+            dloss = (g / denominator).expand(lse.shape)
+            dlogits, _ = _row_gradients(logits, target, weight, lse, target_sum, dloss, None, ctx.spec, False)
+            return dlogits, None, None, None, None, None
+        ctx.spent = True
+        # `.data`: its receiver may write to it (.grad accumulates in place) without invalidating the node that saved
+        # it, which never reads it again.
+        dlogits = dlogits.data
+        launch.scale_(dlogits, g, ctx.spec.implementation)
         return dlogits, None, None, None, None, None
 
 
-def _weight_gradient(logits, target, weight, dloss, options: Options) -> Tensor | None:
+def _row_gradients(*args) -> tuple[Tensor, Tensor | None]:
+    return (_EagerRowGradients if tracing.is_eager(*args[:7]) else RowGradients).apply(*args)
+
+
+def _is_mapped(g: Tensor) -> bool:
+    return not tracing.is_eager(g) or tracing.is_batched(g)
+
+
+def _taken(logits: Tensor, dlogits: Tensor) -> Tensor:
+    """The gradient of donated logits; whoever else saved them raises in backward instead of reading a gradient."""
+    if dlogits.data_ptr() == logits.data_ptr():
+        torch.autograd.graph.increment_version(logits)
+    return dlogits.data
+
+
+def _check_donation(ctx, *upstream: Tensor | None) -> None:
+    if torch.is_grad_enabled():
+        fail(
+            RuntimeError,
+            "create_graph=True through donated logits",
+            "logits that are kept: second derivatives read them",
+            "donate_logits=False",
+        )
+    if ctx.spent or any(g is not None and _is_mapped(g) for g in upstream):
+        fail(
+            RuntimeError,
+            "a second backward through donated logits",
+            "one backward: its gradient stands where the logits stood",
+            "donate_logits=False where the graph is retained",
+        )
+    ctx.spent = True
+
+
+def _weight_gradient(inputs: Inputs, spec: RowSpec, dloss: Tensor) -> Tensor | None:
     # Plain operations: class weights that are trained are rare, and their gradient reduces over rows, not classes.
     def plain(logits, target, weight, dloss):
-        logits, target = reference.without_dead_rows(logits, target, weight, dloss, None, options)
-        rows = reference.stats(logits, target, weight, options, with_argmax=False)[0]
+        flat = launch.flat(Inputs(logits, target, weight))
+        dloss = dloss.reshape(-1)
+        rows = reference.stats(reference.without_dead_rows(flat, spec, dloss, None), spec, with_argmax=False).loss
         return ((dloss * rows).sum(),)
 
     one = torch.ones((), dtype=dloss.dtype, device=dloss.device)
-    return _plain_gradients(plain, (logits, target, weight, dloss), (False, False, True, False), (one,))[2]
+    return _plain_gradients(plain, (*inputs, dloss), (False, False, True, False), (one,))[2]
 
 
 def _plain_gradients(function, inputs, wanted, cotangents) -> list[Tensor | None]:
@@ -121,5 +247,6 @@ def _plain_gradients(function, inputs, wanted, cotangents) -> list[Tensor | None
     pairs = [(y, dy) for y, dy in zip(outputs, cotangents, strict=True) if y is not None and dy is not None]
     targets = [view for view, want in zip(views, wanted, strict=True) if want]
     ys, dys = zip(*pairs, strict=True)
-    grads = iter(torch.autograd.grad(ys, targets, dys, create_graph=create_graph, allow_unused=True))
+    grads: Any = torch.autograd.grad(ys, targets, dys, create_graph=create_graph, allow_unused=True)
+    grads = iter(grads)
     return [next(grads) if want else None for want in wanted]

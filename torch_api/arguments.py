@@ -1,0 +1,127 @@
+"""A call's arguments, checked: by shapes, dtypes and options, once for all calls that have them in common."""
+
+import contextlib
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ce_kernels import Options
+from ce_kernels.checks import Facts, check_denominator, check_logits, check_target, check_weight, denominator_error
+from ce_kernels.checks import is_number, label_error
+from ce_kernels.spec import fail
+from torch_api import tracing
+from torch_api.launch import choose_implementation
+from torch_api.reference import compute_dtype, is_ignored
+from torch_api.rows import Inputs, RowSpec
+
+
+class Choices(NamedTuple):
+    """The arguments of a public function that act on rows and are no tensors."""
+
+    ignore_index: int | None = -100
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    dim: int | None = None
+    implementation: str | None = None
+
+
+class Call(NamedTuple):
+    """What follows from shapes, dtypes and options: where the classes are, and what the rows have in common."""
+
+    axis: int
+    soft: bool
+    spec: RowSpec
+
+
+def checked(input: Tensor, target: Tensor, weight: Tensor | None, choices: Choices) -> tuple[Inputs, RowSpec]:
+    """The arguments as rows, classes last, and what these have in common. Raises what the public functions document."""
+    for name, value in (("input", input), ("target", target), ("weight", weight)):
+        if not isinstance(value, Tensor) and not (value is None and name == "weight"):
+            fail(TypeError, f"{name} of type {type(value).__name__}", "a torch.Tensor", f"torch.as_tensor({name})")
+    facts = (input.shape, input.dtype, input.device), (target.shape, target.dtype, target.device)
+    of_weight = None if weight is None else (weight.shape, weight.dtype, weight.device)
+    call = None
+    if not torch.compiler.is_compiling():
+        # A TypeError may mean no more than an unhashable argument, or a symbolic size.
+        with contextlib.suppress(TypeError):
+            call = _check_once(*facts, of_weight, *choices)
+    axis, soft, spec = _check(*facts, of_weight, *choices) if call is None else call
+    if soft:
+        target = _classes_last(target, axis)
+    elif target.dtype not in (torch.int32, torch.int64):
+        # Narrow and unsigned integers cannot hold a negative ignore_index.
+        target = target.to(torch.int64)
+    inputs = Inputs(_classes_last(input, axis), target, weight if weight is None else weight.contiguous())
+    if not soft and target.device.type == "cpu" and tracing.is_eager(input, target):
+        check_labels(target, input.shape[axis], spec.options)
+    return inputs, spec
+
+
+def _check(logits, target, weight, *choices) -> Call:
+    *options, dim, implementation = choices
+    options = Options.checked(*options)
+    facts = _facts("input", *logits), _facts("target", *target)
+    rank = len(facts[0].shape)
+    axis = check_logits(facts[0], min(1, rank - 1) if dim is None else dim)
+    soft = check_target(*facts, axis, options)
+    if weight is not None:
+        check_weight(_facts("weight", *weight), facts[0].shape[axis])
+    for name, other in (("target", target), ("weight", weight)):
+        if other is not None and other[2] != logits[2]:
+            passed = f"{name} on {other[2]} with input on {logits[2]}"
+            fail(ValueError, passed, "one device", f"{name}.to(input.device)")
+    if not soft:
+        # What narrower labels become.
+        options = options.for_labels("int32" if facts[1].dtype == "int32" else "int64")
+    return Call(axis, soft, RowSpec(options, choose_implementation(implementation, logits[2])))
+
+
+# By type too: True is no number, though it equals 1.
+_check_once = lru_cache(maxsize=4096, typed=True)(_check)
+
+
+def _facts(name: str, shape: torch.Size, dtype: torch.dtype, _: torch.device) -> Facts:
+    return Facts(name, tuple(shape), str(dtype).removeprefix("torch."))
+
+
+def _classes_last(array: Tensor, axis: int) -> Tensor:
+    return array if axis == array.ndim - 1 else array.movedim(axis, -1)
+
+
+def check_labels(target: Tensor, n_classes: int, options: Options) -> None:
+    """Raises the IndexError of a label that is no class."""
+    bad = (target < 0) | (target >= n_classes)
+    if options.ignore_index is not None:
+        bad &= target != options.ignore_index
+    if bad.any():
+        label_error("target", int(target[bad].flatten()[0]), n_classes)
+
+
+def divisor(inputs: Inputs, spec: RowSpec, denominator: float | Tensor | None) -> float | Tensor:
+    """The divisor of `mean`: a number where the host knows it, else 0-d on the device, which is never read."""
+    dtype, device = compute_dtype(inputs.logits), inputs.logits.device
+    if isinstance(denominator, Tensor):
+        check_denominator(_facts("denominator", denominator.shape, denominator.dtype, denominator.device))
+        if denominator.device.type not in ("cpu", device.type):
+            passed = f"denominator on {denominator.device} with input on {device}"
+            fail(ValueError, passed, "one device", "denominator.to(input.device)")
+        return denominator.reshape(()).to(device=device, dtype=dtype, non_blocking=True)
+    if denominator is not None:
+        if not is_number(denominator):
+            denominator_error(denominator)
+        return float(denominator)
+    if inputs.target.is_floating_point():
+        return inputs.target.numel() // inputs.target.shape[-1]
+    if inputs.weight is None:
+        if spec.options.ignore_index is None:
+            return inputs.target.numel()
+        return (inputs.target != spec.options.ignore_index).sum(dtype=dtype)
+    label = inputs.target.long()
+    valid = (label >= 0) & (label < inputs.weight.shape[0])
+    # An invalid label makes the mean NaN by its loss; counted as 1, it leaves the other rows' gradients finite.
+    mass = torch.where(valid, inputs.weight.to(dtype)[torch.where(valid, label, 0)], 1.0)
+    return torch.where(is_ignored(inputs, spec.options), 0.0, mass).sum()

@@ -1,0 +1,98 @@
+"""Which rows a kernel can read in place, and how a gradient is laid out: decided from shapes and strides alone."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Levels(NamedTuple):
+    """Row i starts at i·stride; with rows_inner at (i // rows_inner)·outer_stride + (i % rows_inner)·stride."""
+
+    stride: int
+    rows_inner: int | None = None
+    outer_stride: int | None = None
+
+
+@lru_cache(maxsize=4096)
+def row_levels(shape: tuple[int, ...], strides: tuple[int, ...]) -> Levels | None:
+    """How the rows of an array [*batch, V] are reached in place; None if they are not: strided classes, three levels."""
+    n_classes = shape[-1]
+    if 0 in shape:
+        return Levels(n_classes)
+    if strides[-1] != 1 and n_classes > 1:
+        return None
+    levels: list[list[int]] = []
+    for size, stride in zip(shape[:-1], strides[:-1], strict=True):
+        if size == 1:
+            continue
+        if levels and levels[-1][1] == size * stride:
+            levels[-1] = [levels[-1][0] * size, stride]
+        else:
+            levels.append([size, stride])
+    if not levels:
+        # One row may claim any stride, which would compile the same kernel again.
+        return Levels(n_classes)
+    if len(levels) == 1:
+        return Levels(levels[0][1])
+    if len(levels) == 2:
+        (_, outer_stride), (rows_inner, stride) = levels
+        return Levels(stride, rows_inner, outer_stride)
+    return None
+
+
+@lru_cache(maxsize=4096)
+def gradient_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a gradient: those of logits that fill their memory, in whatever order; else contiguous ones."""
+    contiguous = []
+    step = 1
+    for size in reversed(shape):
+        contiguous.insert(0, step)
+        step *= max(size, 1)
+    dims = sorted((stride, size) for size, stride in zip(shape, strides, strict=True) if size != 1)
+    step = 1
+    for stride, size in dims:
+        if stride != step:
+            return tuple(contiguous)
+        step *= size
+    return strides
+
+
+def gradient_levels(shape: tuple[int, ...], strides: tuple[int, ...]) -> Levels:
+    """How a kernel reaches the rows of that gradient, in the levels of its logits."""
+    of_logits = row_levels(shape, strides)
+    found = row_levels(shape, gradient_strides(shape, strides))
+    assert of_logits is not None
+    assert found is not None
+    if of_logits.rows_inner is not None and found.rows_inner is None:
+        return Levels(found.stride, of_logits.rows_inner, of_logits.rows_inner * found.stride)
+    return found
+
+
+def empty_gradient(logits: Tensor) -> Tensor:
+    """Memory for the gradient of logits that a kernel reads in place."""
+    if logits.is_contiguous():
+        return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    strides = gradient_strides(logits.shape, logits.stride())
+    return torch.empty_strided(logits.shape, strides, dtype=logits.dtype, device=logits.device)
+
+
+def is_dense(array: Tensor) -> bool:
+    """Whether the array fills its memory, in whatever order."""
+    return array.is_contiguous() or array.stride() == gradient_strides(array.shape, array.stride())
+
+
+def overlaps(array: Tensor) -> bool:
+    """Whether elements share memory, as those of an expanded array do."""
+    return any(stride == 0 and size > 1 for size, stride in zip(array.shape, array.stride(), strict=True))
+
+
+def as_vector(rows: Tensor | None) -> Tensor | None:
+    """Row values [*batch] as a vector whose stride is 1, or 0 for one value: every other stride would be compiled."""
+    if rows is None:
+        return None
+    if not rows.is_contiguous():
+        vector = rows.reshape(-1)
+        return vector if vector.stride(0) == 0 else vector.contiguous()
+    return rows.view(-1)

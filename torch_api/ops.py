@@ -1,0 +1,95 @@
+"""The row operations as `torch.library` operators with fakes, for whoever traces: compile, export, make_fx.
+
+They cannot be looked into, they run `torch_api.launch`, and their gradients are contiguous.
+"""
+
+import torch
+from torch import Tensor
+
+from ce_kernels import Options
+from torch_api import launch
+from torch_api.reference import compute_dtype
+from torch_api.rows import Inputs, RowSpec, Stats, Upstream
+
+_SPEC = (
+    "int? ignore_index, float label_smoothing, float z_loss, float? softcap, float logit_scale, "
+    "str implementation, int? vocab_start, int? total_classes"
+)
+_library = torch.library.Library("ce_kernels", "DEF")
+_library.define(
+    f"row_statistics(Tensor logits, Tensor target, Tensor? weight, bool with_argmax, {_SPEC}) "
+    "-> (Tensor loss, Tensor lse, Tensor target_sum, Tensor predicted)"
+)
+_library.define(
+    "row_gradients(Tensor logits, Tensor target, Tensor? weight, Tensor lse, Tensor target_sum, Tensor dloss, "
+    f"Tensor? dlse, bool with_dtarget, {_SPEC}) -> (Tensor dlogits, Tensor dtarget)"
+)
+
+
+def stats(inputs: Inputs, spec: RowSpec, *, with_argmax: bool) -> Stats:
+    """As `launch.stats`."""
+    out = torch.ops.ce_kernels.row_statistics(*inputs, with_argmax, *_scalars(spec))
+    return Stats(*out[:3], out[3] if with_argmax else None)
+
+
+def grad(
+    inputs: Inputs, upstream: Upstream, spec: RowSpec, *, with_dtarget: bool, donate: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """As `launch.grad`; donation is refused before anything is traced."""
+    assert not donate
+    dlogits, dtarget = torch.ops.ce_kernels.row_gradients(*inputs, *upstream, with_dtarget, *_scalars(spec))
+    return dlogits, dtarget if with_dtarget else None
+
+
+def _scalars(spec: RowSpec) -> tuple:
+    o = spec.options
+    return (
+        o.ignore_index,
+        o.label_smoothing,
+        o.z_loss,
+        o.softcap,
+        o.logit_scale,
+        spec.implementation,
+        spec.vocab_start,
+        spec.total_classes,
+    )
+
+
+def _spec(ignore_index, label_smoothing, z_loss, softcap, logit_scale, implementation, vocab_start, total_classes):
+    options = Options(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    return RowSpec(options, implementation, vocab_start, total_classes)
+
+
+def _row_statistics(logits, target, weight, with_argmax, *scalars):
+    out = launch.stats(Inputs(logits, target, weight), _spec(*scalars), with_argmax=with_argmax)
+    predicted = _nothing(logits, torch.int32) if out.predicted is None else out.predicted
+    return out.loss, out.lse, out.target_sum, predicted
+
+
+def _row_gradients(logits, target, weight, lse, target_sum, dloss, dlse, with_dtarget, *scalars):
+    upstream = Upstream(lse, target_sum, dloss, dlse)
+    dlogits, dtarget = launch.grad(
+        Inputs(logits, target, weight), upstream, _spec(*scalars), with_dtarget=with_dtarget
+    )
+    return dlogits.contiguous(), _nothing(logits, target.dtype) if dtarget is None else dtarget.contiguous()
+
+
+def _nothing(like: Tensor, dtype: torch.dtype) -> Tensor:
+    # An operator's outputs are tensors: an empty one stands for None.
+    return like.new_empty(0, dtype=dtype)
+
+
+_library.impl("row_statistics", _row_statistics, "CompositeExplicitAutograd")
+_library.impl("row_gradients", _row_gradients, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("ce_kernels::row_statistics", lib=_library)
+def _(logits, target, weight, with_argmax, *scalars):
+    loss, lse, target_sum = (logits.new_empty(logits.shape[:-1], dtype=compute_dtype(logits)) for _ in range(3))
+    predicted = loss.new_empty(loss.shape if with_argmax else 0, dtype=torch.int32)
+    return loss, lse, target_sum, predicted
+
+
+@torch.library.register_fake("ce_kernels::row_gradients", lib=_library)
+def _(logits, target, weight, lse, target_sum, dloss, dlse, with_dtarget, *scalars):
+    return logits.new_empty(logits.shape), target.new_empty(target.shape if with_dtarget else 0)

@@ -1,0 +1,47 @@
+"""What the modules of this front end pass each other: the arrays of rows, and what all rows of a call have in common.
+
+logits [*batch, V], target [*batch] (class indices) or [*batch, V], row vectors [*batch], weight [V].
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ce_kernels import Options
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """The options of all rows, and who computes. A row of V classes may be a slice of total_classes from vocab_start."""
+
+    options: Options
+    implementation: str
+    vocab_start: int | None = None
+    total_classes: int | None = None
+
+
+class Inputs(NamedTuple):
+    """Logits, targets and class weights."""
+
+    logits: Tensor
+    target: Tensor
+    weight: Tensor | None
+
+
+class Stats(NamedTuple):
+    """loss, lse, s = Σq and the argmax (None unless asked for) of every row."""
+
+    loss: Tensor
+    lse: Tensor
+    target_sum: Tensor
+    predicted: Tensor | None = None
+
+
+class Upstream(NamedTuple):
+    """What a gradient is made from beside the inputs: lse and s, and the gradients that come in for loss and lse."""
+
+    lse: Tensor
+    target_sum: Tensor
+    dloss: Tensor
+    dlse: Tensor | None

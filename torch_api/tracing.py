@@ -1,0 +1,45 @@
+"""Who is watching: plain eager execution, transforms of torch.func, tracers. The one file that asks PyTorch's internals."""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+
+# Of `is_grads_batched=True`, which vmaps a backward without torch.func.
+_BATCHED = torch._C._parse_dispatch_key("Batched")
+
+
+def is_eager(*tensors: Tensor | None) -> bool:
+    """Nothing but autograd sees the operations on these tensors: no transform, no tracer, no subclass."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or forward_ad._current_level >= 0
+    ) and all(type(x) is Tensor or type(x) is Parameter or x is None for x in tensors)
+
+
+def is_opaque(*tensors: Tensor | None) -> bool:
+    """A tracer or a subclass must see an operation with a name and a fake, and not a kernel's launch."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(type(x) is not Tensor and type(x) is not Parameter and x is not None for x in tensors)
+    )
+
+
+def is_batched(*tensors: Tensor | None) -> bool:
+    """Whether a tensor is many, mapped by `torch.autograd.grad(…, is_grads_batched=True)`."""
+    return any(x is not None and torch._C._dispatch_keys(x).has(_BATCHED) for x in tensors)
+
+
+def is_higher_order() -> bool:
+    """Forward mode, or derivatives of derivatives by torch.func: an autograd Function has no rule for those."""
+    if forward_ad._current_level >= 0:
+        return True
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    kinds = torch._C._functorch.TransformType
+    levels = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+    return kinds.Jvp in levels or levels.count(kinds.Grad) > 1
