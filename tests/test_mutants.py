@@ -9,7 +9,7 @@ import torch
 
 import ce_kernels
 from ce_kernels import kernels
-from jax_api import launch as jax_launch
+from jax_api import sharding
 from tests.cases import CASES
 from tests.conftest import HAS_GPU
 from tests.frontends import Jax, Torch
@@ -86,12 +86,9 @@ KILLERS = [
 @pytest.fixture(autouse=True)
 def fresh_traces():
     """Traces hold the kernels that they were made with: none from before, none for later tests."""
-    cached = (jax_launch._stats, jax_launch._grad, jax_launch._fused)
-    for program in cached:
-        program.cache_clear()
+    sharding._operation.cache_clear()
     yield
-    for program in cached:
-        program.cache_clear()
+    sharding._operation.cache_clear()
 
 
 def load_mutant(module, old: str, new: str, tmp_path, monkeypatch):

@@ -1,0 +1,318 @@
+"""Row operations on arrays that may be sharded over a mesh, by rows, by vocabulary or both.
+
+    over_leading_axes     vmap: the mapped axis becomes one more leading axis of the same launch
+    axis_name             inside `jax.shard_map`: the caller's arrays are local, slices merge over the named mesh axes
+    Explicit mesh axes    the arrays' types say how they are sharded: the same, inside a shard_map of our own
+    Auto mesh axes        XLA says it when it partitions the program: the same, inside a custom_partitioning
+
+In each, every device runs the operation on its own part of the logits. Slices of the vocabulary exchange two numbers a
+row; nothing of the logits' size ever moves.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jax_api import launch, reference
+from jax_api.backend import interpreting
+from jax_api.reference import Upstream
+from jax_api.static import Part, Static, Stats
+
+type Names = tuple[str, ...]
+
+
+def stats(static: Static, logits: Array, target: Array, weight: Array | None) -> Stats:
+    """Per-row statistics: one read of the logits."""
+    return _operation(_stats, static)(logits, target, weight)
+
+
+def grad(
+    static: Static, logits: Array, target: Array, weight: Array | None, upstream: Upstream
+) -> tuple[Array, Array | None]:
+    """dlogits, and dtarget of soft targets, for upstream gradients of loss and lse: one read, one write."""
+    return _operation(_grad, static)(logits, target, *upstream, weight)
+
+
+def fused(
+    static: Static, logits: Array, target: Array, weight: Array | None, denominator: Array
+) -> tuple[Stats, Array]:
+    """Statistics, and dlogits of Σ loss / denominator, given for every row: denominator [...]."""
+    return _operation(_fused, static)(logits, target, denominator, weight)
+
+
+def part_of(logits: Array, names: Names) -> Part | None:
+    """Where this device's slice lies in the vocabulary, which is sharded over the named mesh axes."""
+    if not names:
+        return None
+    n_classes = logits.shape[-1]
+    return Part(n_classes * lax.axis_index(names).reshape(1), n_classes * lax.axis_size(names))
+
+
+# Bodies: on local arrays whose vocabulary is sharded over `names`.
+
+
+def _stats(static: Static, names: Names, logits: Array, target: Array, weight: Array | None) -> Stats:
+    if not names:
+        return launch.stats(static, logits, target, weight)
+    part = part_of(logits, names)
+    # The z-loss is a function of the merged lse.
+    slice_static = replace(static, options=replace(static.options, z_loss=0.0))
+    out = _merge(launch.stats(slice_static, logits, target, weight, part), names)
+    ignored = reference.ignored_rows(target, static.options)
+    if static.options.z_loss:
+        out = out._replace(loss=out.loss + jnp.where(ignored, 0.0, static.options.z_loss * out.lse**2))
+    if static.with_argmax:
+        return out._replace(predicted=_merge_predicted(static, logits, out.predicted, part, names))
+    return out._replace(lse=jnp.where(ignored, 0.0, out.lse))
+
+
+def _grad(static: Static, names: Names, logits: Array, target: Array, *upstream_and_weight: Array | None):
+    *upstream, weight = upstream_and_weight
+    return launch.grad(static, logits, target, weight, Upstream(*upstream), part_of(logits, names))  # pyright: ignore
+
+
+def _fused(static: Static, names: Names, logits: Array, target: Array, denominator: Array, weight: Array | None):
+    if not names:
+        return launch.fused(static, logits, target, weight, denominator)
+    # The gradient waits for the merged lse.
+    out = _stats(static, names, logits, target, weight)
+    dlogits, _ = _grad(static, names, logits, target, out.lse, out.target_sum, 1.0 / denominator, None, weight)
+    return out, dlogits
+
+
+def _merge(out: Stats, names: Names) -> Stats:
+    """The statistics of whole rows from those of slices: lse = log Σ exp(lse_j), loss = Σ loss_j + s_j·(lse − lse_j).
+
+    Against the largest lse_j, so that a confident row keeps its small loss.
+    """
+    loss, lse, s, predicted = out
+    top = lax.pmax(lse, names)
+    base = jnp.where(top == -jnp.inf, 0.0, top)
+    loss = jnp.where(s == 0, loss, loss + s * (base - lse))
+    # Mass on a slice of only masked classes: infinitely wrong, and undefined where the whole row is masked.
+    loss = jnp.where((lse == -jnp.inf) & (s != 0), jnp.where(top == -jnp.inf, jnp.nan, s * jnp.inf), loss)
+    d, loss, s = lax.psum((jnp.exp(lse - base), loss, s), names)
+    log_d = jnp.log(d)
+    return Stats(loss + jnp.where(s == 0, 0.0, s * log_d), base + log_d, s, predicted)
+
+
+def _merge_predicted(static: Static, logits: Array, predicted: Array, part: Part, names: Names) -> Array:
+    """The lowest class among those with the largest logit; NaN counts as the largest."""
+    best = jnp.take_along_axis(logits, predicted[..., None], axis=-1)[..., 0].astype(reference.compute_dtype(logits))
+    key = reference.predicted_key(best, static.options)
+    key = jnp.where(jnp.isnan(key), jnp.inf, key)
+    column = predicted + part.start[0]
+    return lax.pmin(jnp.where(key == lax.pmax(key, names), column, part.total), names)
+
+
+@lru_cache
+def _operation(body: Callable, static: Static) -> Callable:
+    """body on arrays whatever their sharding, and under vmap.
+
+    Jitted and kept, so that a call outside of jit compiles once; inlined inside of it.
+    """
+
+    def run(*arrays):
+        if static.axis_name:
+            return body(static, static.axis_name, *arrays)
+        return _on_any_mesh(body, static, *arrays)
+
+    return jax.jit(over_leading_axes(run), inline=True)
+
+
+def over_leading_axes(function: Callable) -> Callable:
+    """A function of (*rows, weight) for vmap: one launch, unless the weights are mapped."""
+    mapped = custom_vmap(function)
+
+    @mapped.def_vmap
+    def fold(axis_size, in_batched, *arguments):
+        *rows, weight = arguments
+        if weight is not None and in_batched[-1]:
+            out = _one_by_one(mapped, axis_size, in_batched, arguments)
+        else:
+
+            rows = [
+                array if array is None or batched else jnp.broadcast_to(array, (axis_size, *array.shape))
+                for array, batched in zip(rows, in_batched, strict=False)
+            ]
+            out = mapped(*rows, weight)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return mapped
+
+
+def _one_by_one(function: Callable, axis_size: int, in_batched, arguments):
+    # A launch has one vector of class weights.
+    def own(i):
+        return function(*(array[i] if batched else array for array, batched in zip(arguments, in_batched, strict=True)))
+
+    if axis_size:
+        return lax.map(own, jnp.arange(axis_size))
+    single = [
+        jax.ShapeDtypeStruct(array.shape[1:], array.dtype) if batched else array
+        for array, batched in zip(arguments, in_batched, strict=True)
+    ]
+    return jax.tree.map(lambda shape: jnp.zeros((0, *shape.shape), shape.dtype), jax.eval_shape(function, *single))
+
+
+def _on_any_mesh(body: Callable, static: Static, *arrays: Array | None):
+    mesh = mesh_of(arrays[0])
+    large = {kind for kind, size in zip(mesh.axis_types, mesh.axis_sizes, strict=True) if size > 1}
+    if AxisType.Auto in large and (AxisType.Manual in large or AxisType.Explicit in mesh.axis_types):
+        # custom_partitioning does not work inside a shard_map over some axes of a mesh; plain operations do.
+        static = replace(static, implementation="reference")
+    if AxisType.Explicit in mesh.axis_types:
+        return _explicit(partial(body, static), mesh, *arrays)
+    # Triton's interpreter is a host callback, which custom_partitioning cannot hold.
+    callback = static.implementation == "triton" and interpreting()
+    if callback or AxisType.Manual in large:
+        return body(static, (), *arrays)
+    return _partitioned(partial(body, static), *arrays)
+
+
+def mesh_of(array: Array | None) -> Any:
+    """The mesh of the array's type: empty outside of shard_map, explicit sharding and `jax.set_mesh`."""
+    return jax.typeof(array).sharding.mesh
+
+
+# Explicit axes.
+
+
+def _explicit(body: Callable, mesh: Any, *arrays: Array | None):
+    spec = joint_spec(arrays[0], arrays[1])
+    rank = len(spec)
+    specs = tuple(None if array is None else _spec(spec, array.ndim, rank) for array in arrays[:-1])
+    specs += (None if arrays[-1] is None else PartitionSpec(spec[-1]),)
+    arrays = tuple(
+        array if array is None else jax.sharding.reshard(array, NamedSharding(mesh, spec))
+        for array, spec in zip(arrays, specs, strict=True)
+    )
+    shapes = jax.eval_shape(
+        partial(body, ()), *jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), arrays)
+    )
+    return jax.shard_map(
+        partial(body, names_of(spec[-1])),
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=jax.tree.map(lambda shape: _spec(spec, len(shape.shape), rank), shapes),
+        axis_names={name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Auto},
+    )(*arrays)
+
+
+def joint_spec(logits: Array, target: Array) -> tuple:
+    """How logits [..., V] and target are to be sharded together: as the logits are, and where those are not, as target."""
+    spec = list(_padded(logits))
+    used = {name for entry in spec for name in names_of(entry)}
+    for i, entry in enumerate(_padded(target)):
+        if spec[i] is None and used.isdisjoint(names_of(entry)):
+            spec[i] = entry
+            used |= set(names_of(entry))
+    return tuple(spec)
+
+
+def _padded(array: Array) -> tuple:
+    spec = tuple(jax.typeof(array).sharding.spec)
+    return spec + (None,) * (array.ndim - len(spec))
+
+
+def names_of(entry: str | Names | None) -> Names:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+
+
+def _spec(spec: tuple, rank: int, logits_rank: int) -> PartitionSpec:
+    """The logits' spec for an array with their axes, or for one of rows."""
+    return PartitionSpec(*spec) if rank == logits_rank else PartitionSpec(*spec[:-1])
+
+
+# Auto axes.
+
+
+def _partitioned(body: Callable, *arrays: Array | None):
+    rank = arrays[0].ndim
+    weighted = arrays[-1] is not None
+
+    def partition(mesh, operands, results):
+        spec = _divisible(mesh, operands[0])
+
+        def sharding(shape):
+            return NamedSharding(mesh, _spec(spec, len(shape.shape), rank))
+
+        shardings = [*jax.tree.map(sharding, operands[:-1])]
+        shardings.append(NamedSharding(mesh, PartitionSpec(spec[-1])) if weighted else None)
+        return mesh, partial(body, names_of(spec[-1])), jax.tree.map(sharding, results), tuple(shardings)
+
+    def rule(_, operands, results):
+        def axes(rank_of_array):
+            return " ".join([*(f"row{i}" for i in range(rank - 1)), "classes"][:rank_of_array])
+
+        inputs = [axes(len(operand.shape)) for operand in operands]
+        if weighted:
+            inputs[-1] = "classes"
+        return f"{', '.join(inputs)} -> {', '.join(axes(len(result.shape)) for result in results)}"
+
+    operation = custom_partitioning(partial(body, ()))
+    operation.def_partition(partition, sharding_rule=rule)
+    return operation(*arrays)
+
+
+def _divisible(mesh: Any, logits: Any) -> tuple:
+    """The logits' spec without the mesh axes that do not divide their dimension: padding would count as classes."""
+    spec = tuple(logits.sharding.spec)
+    spec += (None,) * (len(logits.shape) - len(spec))
+    sizes = [math.prod(mesh.shape[name] for name in names_of(entry)) for entry in spec]
+    return tuple(
+        entry if length % size == 0 else None for entry, length, size in zip(spec, logits.shape, sizes, strict=True)
+    )
+
+
+# What the public functions do to their arguments first.
+
+
+def aligned(
+    logits: Array, target: Array, weight: Array | None, names: Names, *others: Array
+) -> tuple[Array, Array, Array | None]:
+    """The arguments sharded alike, so that every gradient has the type of what it is the gradient of.
+
+    Explicit mesh axes: target and weight take the logits' sharding. Inside a shard_map that tracks varying axes, what
+    is differentiated varies over all axes that any argument varies over.
+    """
+    mesh = mesh_of(logits)
+    if AxisType.Explicit in mesh.axis_types:
+        spec = joint_spec(logits, target)
+        logits, target = (
+            jax.sharding.reshard(array, NamedSharding(mesh, _spec(spec, array.ndim, len(spec))))
+            for array in (logits, target)
+        )
+        if weight is not None:
+            weight = jax.sharding.reshard(weight, NamedSharding(mesh, PartitionSpec(spec[-1])))
+    arrays = [array for array in (logits, target, weight, *others) if array is not None]
+    varying = launch.varying_axes(*arrays) | (launch.varying_axes(lax.axis_index(names)) if names else frozenset())
+    logits = launch.vary(logits, varying)
+    if reference.is_soft(target):
+        target = launch.vary(target, varying)
+    return logits, target, None if weight is None else launch.vary(weight, varying)
+
+
+def label_weights(weight: Array, target: Array, names: Names) -> Array:
+    """The class weight of every row's label, 0 for labels that are no class."""
+    part = part_of(weight, names)
+    column = target if part is None else target - part.start[0].astype(target.dtype)
+    inside = (column >= 0) & (column < len(weight))
+    safe = jnp.where(inside, column, 0)
+    if AxisType.Explicit in mesh_of(target).axis_types:
+        replicated = jax.sharding.reshard(weight, NamedSharding(mesh_of(target), PartitionSpec(None)))
+        found = replicated.at[safe].get(out_sharding=jax.typeof(safe).sharding)
+    else:
+        found = weight[safe]
+    found = jnp.where(inside, found, 0.0)
+    return lax.psum(found, names) if names else found
