@@ -1,30 +1,23 @@
 """Cross-entropy of a linear head without its logits. The formula stands in `ce_kernels.spec`."""
 
 import math
-from dataclasses import replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from ce_kernels import Options
-from ce_kernels.checks import (
-    FLOATS,
-    Facts,
-    check_denominator,
-    check_target,
-    check_weight,
-    denominator_error,
-    is_number,
-)
+from ce_kernels.checks import FLOATS, Facts, check_target, check_weight
 from ce_kernels.linear import MAX_LOGITS_BYTES, Accumulation, check_chunking, check_linear
 from ce_kernels.spec import Implementation, Reduction, check_reduction, fail
-from jax_api.launch import choose_implementation
-from jax_api.linear_chunks import Head, Static
+from jax_api.backend import choose_implementation
+from jax_api.launch import vary, varying_axes
+from jax_api.linear_chunks import Head, LinearStatic
 from jax_api.linear_rules import linear_loss, linear_rows
-from jax_api.losses import RowOutputs, _index_rows, as_array, facts_of
+from jax_api.losses import RowOutputs, _divisor, _index_rows, _names, _Rows, as_array, facts_of
+from jax_api.static import Static
 
 
 def linear_cross_entropy(
@@ -45,6 +38,7 @@ def linear_cross_entropy(
     denominator: ArrayLike | None = None,
     max_logits_bytes: int = MAX_LOGITS_BYTES,
     accumulation: Accumulation = "float32",
+    axis_name: str | tuple[str, ...] | None = None,
     implementation: Implementation | None = None,
 ) -> Array:
     r"""`jax_api.cross_entropy(hidden @ weight + bias, labels)`, never holding more than a chunk of logits.
@@ -96,13 +90,13 @@ def linear_cross_entropy(
     """
     check_reduction(reduction, denominator)
     options = Options.checked(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    check_chunking(max_logits_bytes, accumulation)
     head = _arrays(hidden, weight, labels, bias, class_weight)
-    static = _static(head, options, class_axis, dtype, (int(max_logits_bytes), accumulation, implementation))
+    choices = _Choices(class_axis, dtype, max_logits_bytes, accumulation, axis_name, implementation)
+    static = _static(head, options, choices)
     rows, shape = _rows(head, static), head.hidden.shape[:-1]
     if reduction == "none":
         return linear_rows(static, rows).loss.reshape(shape)
-    divisor = _divisor(rows, static, 1.0 if reduction == "sum" else denominator)
+    divisor = _divided_by(rows, static, 1.0 if reduction == "sum" else denominator)
     if static.dtype == jnp.float16:
         # Loss scaling exists because p / N is below fp16's range: round only after the upstream gradient is known.
         return linear_rows(static, rows).loss.sum() / divisor
@@ -125,6 +119,7 @@ def linear_cross_entropy_rows(
     logit_scale: float = 1.0,
     max_logits_bytes: int = MAX_LOGITS_BYTES,
     accumulation: Accumulation = "float32",
+    axis_name: str | tuple[str, ...] | None = None,
     implementation: Implementation | None = None,
 ) -> RowOutputs:
     r"""Per-row loss, lse and argmax of `hidden @ weight + bias`, without the logits: log-probabilities, RL, accuracy.
@@ -147,10 +142,10 @@ def linear_cross_entropy_rows(
     Source: the contract in `ce_kernels.spec`.
     """
     options = Options.checked(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    check_chunking(max_logits_bytes, accumulation)
     head = _arrays(hidden, weight, labels, bias, class_weight)
-    static = _static(head, options, class_axis, dtype, (int(max_logits_bytes), accumulation, implementation))
-    out = linear_rows(replace(static, with_argmax=True), _rows(head, static))
+    choices = _Choices(class_axis, dtype, max_logits_bytes, accumulation, axis_name, implementation)
+    static = _static(head, options, choices, with_argmax=True)
+    out = linear_rows(static, _rows(head, static))
     shape = head.hidden.shape[:-1]
     return RowOutputs(*(array.reshape(shape) for array in (out.loss, out.lse, out.predicted)))  # pyright: ignore
 
@@ -167,69 +162,54 @@ def _arrays(
     )
 
 
-def _static(
-    head: Head, options: Options, class_axis: int, dtype: DTypeLike | None, rest: tuple[int, str, str | None]
-) -> Static:
+class _Choices(NamedTuple):
+    """The arguments that are no arrays and no options of a row."""
+
+    class_axis: int
+    dtype: DTypeLike | None
+    max_logits_bytes: int
+    accumulation: str
+    axis_name: str | tuple[str, ...] | None
+    implementation: str | None
+
+
+def _static(head: Head, options: Options, choices: _Choices, *, with_argmax: bool = False) -> LinearStatic:
     """What is known without data, after checking the arrays."""
+    check_chunking(choices.max_logits_bytes, choices.accumulation)
     hidden, weight = facts_of("hidden", head.hidden), facts_of("weight", head.weight)
-    n_classes = check_linear(hidden, weight, None if head.bias is None else facts_of("bias", head.bias), class_axis)
-    operands = [x.dtype for x in head[:3] if x is not None]
-    logits_dtype = jnp.dtype(jnp.result_type(*operands) if dtype is None else dtype)
-    if logits_dtype.name not in FLOATS:
-        fail(TypeError, f"dtype={logits_dtype.name}", f"a floating point dtype: {', '.join(FLOATS)}", "dtype=None")
-    logits = Facts("hidden @ weight", (*hidden.shape[:-1], n_classes), logits_dtype.name)
+    bias = None if head.bias is None else facts_of("bias", head.bias)
+    n_classes = check_linear(hidden, weight, bias, choices.class_axis)
+    promoted = jnp.result_type(*(x.dtype for x in head[:3] if x is not None))
+    dtype = jnp.dtype(promoted if choices.dtype is None else choices.dtype)
+    if dtype.name not in FLOATS:
+        fail(TypeError, f"dtype={dtype.name}", f"a floating point dtype: {', '.join(FLOATS)}", "dtype=None")
+    logits = Facts("hidden @ weight", (*hidden.shape[:-1], n_classes), dtype.name)
     soft = check_target(logits, facts_of("labels", head.target), len(logits.shape) - 1, options)
     if head.class_weight is not None:
         check_weight(facts_of("class_weight", head.class_weight), n_classes)
     if not soft:
         options = options.for_labels(_index_rows(head.target).dtype.name)
-    max_logits_bytes, accumulation, implementation = rest
-    implementation = choose_implementation(implementation)
-    return Static(options, implementation, class_axis, max_logits_bytes, accumulation, logits_dtype)
+    implementation = choose_implementation(choices.implementation)
+    rows = Static(options, implementation, with_argmax, _names(choices.axis_name))
+    return LinearStatic(rows, choices.class_axis, choices.max_logits_bytes, choices.accumulation, dtype)
 
 
-def _rows(head: Head, static: Static) -> Head:
+def _rows(head: Head, static: LinearStatic) -> Head:
     """The arrays as rows, varying over the same mesh axes, so that gradients are summed over those an array lacks."""
     width, n_classes = head.hidden.shape[-1], head.weight.shape[static.class_axis]
     n_rows = math.prod(head.hidden.shape[:-1])
     soft = head.target.ndim == head.hidden.ndim
     rows = head._replace(
         hidden=head.hidden.reshape(n_rows, width),
-        target=head.target.reshape(n_rows, n_classes) if soft else _index_rows(head.target),
+        target=head.target.reshape(n_rows, n_classes) if soft else _index_rows(head.target).reshape(n_rows),
     )
-    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in rows if x is not None))
-    return jax.tree.map(lambda x: _vary(x, axes), rows)
+    axes = varying_axes(*jax.tree.leaves(rows), *(lax.axis_index(name) for name in static.rows.axis_name))
+    return jax.tree.map(lambda x: vary(x, axes), rows)
 
 
-def _vary(array: Array, axes: frozenset[str]) -> Array:
-    missing = tuple(sorted(axes - jax.typeof(array).manual_axis_type.varying))
-    return lax.pcast(array, missing, to="varying") if missing else array
-
-
-def _divisor(head: Head, static: Static, denominator: ArrayLike | None) -> Array:
+def _divided_by(head: Head, static: LinearStatic, denominator: ArrayLike | None) -> Array:
     """The 0-d divisor of `mean`."""
-    dtype = jnp.promote_types(static.dtype, jnp.float32)
-    if denominator is not None:
-        if not is_number(denominator):
-            if not isinstance(denominator, (jax.Array, np.ndarray)):
-                denominator_error(denominator)
-            denominator = as_array("denominator", denominator)
-            check_denominator(facts_of("denominator", denominator))
-        divisor = jnp.asarray(denominator, dtype).reshape(())
-    elif jnp.issubdtype(head.target.dtype, jnp.floating):
-        divisor = jnp.full((), len(head.hidden), dtype)
-    else:
-        divisor = _counted_mass(head, static, dtype)
-    return _vary(divisor, jax.typeof(head.hidden).manual_axis_type.varying)
-
-
-def _counted_mass(head: Head, static: Static, dtype) -> Array:
-    """Σ w_label over rows that are not ignored."""
-    label, ignored = head.target, static.options.ignore_index
-    counted = jnp.ones_like(label, bool) if ignored is None else label != ignored
-    mass = jnp.ones((), dtype)
-    if head.class_weight is not None:
-        valid = (label >= 0) & (label < head.weight.shape[static.class_axis])
-        # An invalid label makes the mean NaN by its loss; counted as 1, it leaves the other rows' gradients finite.
-        mass = jnp.where(valid, head.class_weight.astype(dtype)[jnp.where(valid, label, 0)], 1.0)
-    return jnp.where(counted, mass, 0.0).sum().astype(dtype)
+    n_classes = head.weight.shape[static.class_axis]
+    logits: Any = jax.ShapeDtypeStruct((*head.hidden.shape[:-1], n_classes), static.dtype)
+    rows = _Rows(logits, head.target, head.class_weight, static.rows.options, head.hidden.shape[:-1])
+    return vary(_divisor(rows, denominator, static.rows.axis_name), varying_axes(head.hidden))

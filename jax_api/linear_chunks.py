@@ -19,10 +19,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_batching import sequential_vmap
 
-from ce_kernels import Options
 from ce_kernels.linear import chunk_rows
-from jax_api import launch
-from jax_api.launch import Stats
+from jax_api import sharding
+from jax_api.launch import vary, varying_axes
+from jax_api.reference import Upstream
+from jax_api.static import Static, Stats
 
 
 class Head(NamedTuple):
@@ -44,15 +45,6 @@ class Gradients(NamedTuple):
     target: Array | None = None
 
 
-class Upstream(NamedTuple):
-    """Per row: the statistics of the forward pass, and the gradients that arrive for loss and lse."""
-
-    lse: Array
-    target_sum: Array
-    dloss: Array
-    dlse: Array | None
-
-
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Wanted:
@@ -65,40 +57,39 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Static:
+class LinearStatic:
     """What is known at trace time. class_axis: that of weight; dtype: the logits'."""
 
-    options: Options
-    implementation: str | None
+    rows: Static
     class_axis: int
     max_logits_bytes: int
     accumulation: str
     dtype: jnp.dtype
-    with_argmax: bool = False
 
 
-def stats(static: Static, head: Head) -> Stats:
+def stats(static: LinearStatic, head: Head) -> Stats:
     """Statistics of every row."""
 
     def step(out: Stats, chunk: _Chunk) -> Stats:
-        found = _row_stats(static, chunk)
+        found = sharding.stats(static.rows, chunk.logits, chunk.target, chunk.class_weight)
         return jax.tree.map(chunk.written, out, found)
 
     def run(head: Head) -> Stats:
         rows = _zero_rows(static, head)
-        predicted = jnp.zeros(rows.shape, jnp.int32) if static.with_argmax else None
+        predicted = jnp.zeros(rows.shape, jnp.int32) if static.rows.with_argmax else None
         return _over_chunks(static, head, Stats(rows, rows, rows, predicted), step)
 
     return sequential_vmap(run)(head)
 
 
-def fused(static: Static, wanted: Wanted, head: Head, denominator: Array) -> tuple[Stats, Gradients]:
+def fused(static: LinearStatic, wanted: Wanted, head: Head, denominator: Array) -> tuple[Stats, Gradients]:
     """Statistics of every row, and the gradients of Σ loss / denominator, a scalar."""
 
     def run(head: Head, denominator: Array) -> tuple[Stats, Gradients]:
         def step(carry, chunk: _Chunk):
             out, sums = carry
-            found, dlogits = _row_fused(static, chunk, denominator)
+            each = jnp.broadcast_to(denominator, chunk.target.shape[:1])
+            found, dlogits = sharding.fused(static.rows, chunk.logits, chunk.target, chunk.class_weight, each)
             return jax.tree.map(chunk.written, out, found), _added(static, head, sums, chunk, dlogits)
 
         rows = _zero_rows(static, head)
@@ -109,12 +100,13 @@ def fused(static: Static, wanted: Wanted, head: Head, denominator: Array) -> tup
     return sequential_vmap(run)(head, denominator)
 
 
-def grad(static: Static, wanted: Wanted, head: Head, upstream: Upstream) -> Gradients:
+def grad(static: LinearStatic, wanted: Wanted, head: Head, upstream: Upstream) -> Gradients:
     """Gradients for any upstream gradients."""
 
     def run(head: Head, upstream: Upstream) -> Gradients:
         def step(sums: Gradients, chunk: _Chunk) -> Gradients:
-            dlogits, dtarget = _row_grad(static, chunk, jax.tree.map(chunk.read, upstream))
+            own = jax.tree.map(chunk.read, upstream)
+            dlogits, dtarget = sharding.grad(static.rows, chunk.logits, chunk.target, chunk.class_weight, own)
             sums = _added(static, head, sums, chunk, dlogits)
             if sums.target is None or dtarget is None:
                 return sums
@@ -125,35 +117,10 @@ def grad(static: Static, wanted: Wanted, head: Head, upstream: Upstream) -> Grad
     return sequential_vmap(run)(head, upstream)
 
 
-def logits_of(static: Static, hidden: Array, weight: Array, bias: Array | None) -> Array:
+def logits_of(static: LinearStatic, hidden: Array, weight: Array, bias: Array | None) -> Array:
     """hidden @ weight + bias in the logits' dtype, as an unfused head computes them."""
     logits = _matmul(hidden.astype(static.dtype), weight.astype(static.dtype), 1, 1 - static.class_axis)
     return logits if bias is None else logits + bias.astype(static.dtype)
-
-
-# What the row operations of `jax_api.launch` are given.
-
-
-def _row_stats(static: Static, chunk: "_Chunk") -> Stats:
-    return launch.stats(
-        chunk.logits,
-        chunk.target,
-        chunk.class_weight,
-        static.options,
-        static.implementation,
-        with_argmax=static.with_argmax,
-    )
-
-
-def _row_fused(static: Static, chunk: "_Chunk", denominator: Array) -> tuple[Stats, Array]:
-    denominators = jnp.broadcast_to(denominator, chunk.logits.shape[:1])
-    return launch.fused(
-        chunk.logits, chunk.target, chunk.class_weight, denominators, static.options, static.implementation
-    )
-
-
-def _row_grad(static: Static, chunk: "_Chunk", upstream: Upstream) -> tuple[Array, Array | None]:
-    return launch.grad(chunk.logits, chunk.target, chunk.class_weight, *upstream, static.options, static.implementation)
 
 
 @dataclass(frozen=True)
@@ -176,7 +143,9 @@ class _Chunk:
         return lax.dynamic_update_slice_in_dim(array, rows.astype(array.dtype), self.start, axis=0)
 
 
-def _over_chunks[Carry](static: Static, head: Head, carry: Carry, step: Callable[[Carry, _Chunk], Carry]) -> Carry:
+def _over_chunks[Carry](
+    static: LinearStatic, head: Head, carry: Carry, step: Callable[[Carry, _Chunk], Carry]
+) -> Carry:
     n_rows, n_classes = head.hidden.shape[0], head.weight.shape[static.class_axis]
     if n_rows == 0:
         return carry
@@ -197,11 +166,11 @@ def _over_chunks[Carry](static: Static, head: Head, carry: Carry, step: Callable
     return lax.scan(body, carry, jnp.arange(count))[0]
 
 
-def _zero_rows(static: Static, head: Head) -> Array:
+def _zero_rows(static: LinearStatic, head: Head) -> Array:
     return _zeros(head, head.hidden.shape[:1], jnp.promote_types(static.dtype, jnp.float32))
 
 
-def _zero_gradients(static: Static, wanted: Wanted, head: Head) -> Gradients:
+def _zero_gradients(static: LinearStatic, wanted: Wanted, head: Head) -> Gradients:
     wide = jnp.promote_types(head.weight.dtype, jnp.float32)
     # Sums are as wide as the parameter, and float32 at the least, unless rounding every partial sum is allowed.
     narrow = static.accumulation == "parameter" and head.weight.dtype == static.dtype
@@ -215,12 +184,10 @@ def _zero_gradients(static: Static, wanted: Wanted, head: Head) -> Gradients:
 
 def _zeros(head: Head, shape: tuple[int, ...], dtype) -> Array:
     """Zeros that vary over the mesh axes over which hidden does, as a loop's carry under `jax.shard_map` must."""
-    zeros = jnp.zeros(shape, dtype)
-    axes = tuple(jax.typeof(head.hidden).manual_axis_type.varying)
-    return lax.pcast(zeros, axes, to="varying") if axes else zeros
+    return vary(jnp.zeros(shape, dtype), varying_axes(head.hidden))
 
 
-def _added(static: Static, head: Head, sums: Gradients, chunk: _Chunk, dlogits: Array) -> Gradients:
+def _added(static: LinearStatic, head: Head, sums: Gradients, chunk: _Chunk, dlogits: Array) -> Gradients:
     """sums with this chunk's dhidden written, and its dweight and dbias added."""
     dhidden, dweight, dbias = sums.hidden, sums.weight, sums.bias
     if dhidden is not None:

@@ -18,9 +18,11 @@ from jax.custom_derivatives import SymbolicZero
 
 from ce_kernels.spec import fail
 from jax_api import linear_chunks
-from jax_api.launch import Stats
-from jax_api.linear_chunks import Gradients, Head, Static, Upstream, Wanted, logits_of
+from jax_api.linear_chunks import Gradients, Head, LinearStatic, Wanted, logits_of
 from jax_api.losses import cross_entropy_rows
+from jax_api.reference import Upstream, is_soft
+from jax_api.rules import whole_cotangent
+from jax_api.static import Stats
 
 
 def _differentiable[R](function: Callable[..., R], statics: int = 1) -> jax.custom_vjp[R]:
@@ -28,7 +30,7 @@ def _differentiable[R](function: Callable[..., R], statics: int = 1) -> jax.cust
 
 
 @_differentiable
-def linear_rows(static: Static, head: Head) -> Stats:
+def linear_rows(static: LinearStatic, head: Head) -> Stats:
     """loss, lse, s and argmax per row; loss and lse differentiable together or alone."""
     return linear_chunks.stats(static, head)
 
@@ -42,14 +44,16 @@ def _linear_rows_fwd(static, head):
 def _linear_rows_bwd(static, residuals, cotangents):
     head, wanted, lse, target_sum = residuals
     dloss, dlse = _materialised(cotangents.loss, lse), cotangents.lse
-    upstream = Upstream(lse, target_sum, dloss, None if isinstance(dlse, SymbolicZero) else dlse)
+    dloss = whole_cotangent(static.rows, dloss)
+    dlse = None if isinstance(dlse, SymbolicZero) else whole_cotangent(static.rows, dlse)
+    upstream = Upstream(lse, target_sum, dloss, dlse)
     return (_cotangents(row_gradients(static, wanted, head, upstream)),)
 
 
 linear_rows.defvjp(_linear_rows_fwd, _linear_rows_bwd, symbolic_zeros=True)
 
 
-def _row_gradients(static: Static, wanted: Wanted, head: Head, upstream: Upstream) -> Gradients:
+def _row_gradients(static: LinearStatic, wanted: Wanted, head: Head, upstream: Upstream) -> Gradients:
     """The backward of linear_rows; lse and target_sum count as functions of the head."""
     return linear_chunks.grad(static, wanted, head, upstream)
 
@@ -77,7 +81,7 @@ def _row_gradients_bwd(static, wanted, residuals, cotangents):
 row_gradients.defvjp(_row_gradients_fwd, _row_gradients_bwd)
 
 
-def _fused_gradients(static: Static, wanted: Wanted, head: Head, denominator: Array) -> tuple[Stats, Gradients]:
+def _fused_gradients(static: LinearStatic, wanted: Wanted, head: Head, denominator: Array) -> tuple[Stats, Gradients]:
     """linear_rows, and the gradients of Σ loss / denominator, in one loop."""
     return linear_chunks.fused(static, wanted, head, denominator)
 
@@ -107,7 +111,7 @@ fused_gradients.defvjp(_fused_gradients_fwd, _fused_gradients_bwd)
 
 
 @_differentiable
-def linear_loss(static: Static, head: Head, denominator: Array) -> Array:
+def linear_loss(static: LinearStatic, head: Head, denominator: Array) -> Array:
     """Σ loss / denominator. Without a gradient it is one matmul."""
     return linear_chunks.stats(static, head).loss.sum() / denominator
 
@@ -124,7 +128,7 @@ def _linear_loss_fwd(static, head, denominator):
 
 def _linear_loss_bwd(static, residuals, g):
     gradients, again, denominator, loss = residuals
-    g = _materialised(g, loss)
+    g = whole_cotangent(static.rows, _materialised(g, loss))
     scaled = jax.tree.map(lambda x: (x.astype(jnp.promote_types(x.dtype, g.dtype)) * g).astype(x.dtype), gradients)
     if again is not None:
         head, lse, target_sum = again
@@ -156,10 +160,10 @@ def _cotangents(gradients: Gradients) -> Head:
 
 
 def _soft_target(head: Head) -> Array | None:
-    return head.target if jnp.issubdtype(head.target.dtype, jnp.floating) else None
+    return head.target if is_soft(head.target) else None
 
 
-def _whole_gradients(static: Static, wanted: Wanted, head: Head, dloss: Array, dlse: Array | None) -> Gradients:
+def _whole_gradients(static: LinearStatic, wanted: Wanted, head: Head, dloss: Array, dlse: Array | None) -> Gradients:
     """The gradients of row_gradients by JAX through whole logits, differentiable again."""
     flags = (wanted.hidden, wanted.weight, wanted.bias, wanted.target)
 
@@ -172,7 +176,8 @@ def _whole_gradients(static: Static, wanted: Wanted, head: Head, dloss: Array, d
             target,
             head.class_weight,
             implementation="reference",
-            **asdict(static.options),
+            axis_name=static.rows.axis_name or None,
+            **asdict(static.rows.options),
         )
         loss = (out.loss * dloss).sum()
         return loss if dlse is None else loss + (out.lse * dlse).sum()

@@ -47,8 +47,8 @@ MUTANTS = {
         Torch,
         torch_rules,
         "LinearLoss",
-        "launch.scaled(x, g, implementation)",
-        "launch.scaled(x, g * 0 + 1, implementation)",
+        "launch.scale_(x, g,",
+        "launch.scale_(x, g * 0 + 1,",
     ),
     "jax: rows seen twice count twice in the weight gradient": (
         Jax,

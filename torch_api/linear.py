@@ -4,20 +4,16 @@ import torch
 from torch import Tensor
 
 from ce_kernels import Options
-from ce_kernels.checks import (
-    Facts,
-    check_denominator,
-    check_target,
-    check_weight,
-    denominator_error,
-    is_number,
-)
+from ce_kernels.checks import Facts, check_target, check_weight
 from ce_kernels.linear import MAX_LOGITS_BYTES, Accumulation, check_chunking, check_linear
 from ce_kernels.spec import Implementation, Reduction, check_reduction, fail
+from torch_api.arguments import divisor
 from torch_api.launch import choose_implementation
 from torch_api.linear_ops import Head, Static
 from torch_api.linear_rules import LinearLoss, LinearRows
 from torch_api.losses import RowOutputs
+from torch_api.reference import compute_dtype
+from torch_api.rows import Inputs, RowSpec
 
 
 def linear_cross_entropy(
@@ -93,17 +89,17 @@ def linear_cross_entropy(
     )
     if reduction == "none":
         return LinearRows.apply(*head, static, False)[0].view(hidden.shape[:-1])
-    divisor = _divisor(head, static, 1.0 if reduction == "sum" else denominator)
+    by = _divided_by(head, static, 1.0 if reduction == "sum" else denominator)
     trained = [x for x in head[:3] if x is not None and x.requires_grad]
     if (
         torch.is_grad_enabled()
         and trained
         # Loss scaling exists because p / N is below fp16's range: round only after the upstream gradient is known.
         and static.dtype != torch.float16
-        and not (head.target.requires_grad or divisor.requires_grad)
+        and not (head.target.requires_grad or by.requires_grad)
     ):
-        return LinearLoss.apply(*head, divisor, static)
-    return LinearRows.apply(*head, static, False)[0].sum() / divisor
+        return LinearLoss.apply(*head, by, static)
+    return LinearRows.apply(*head, static, False)[0].sum() / by
 
 
 def linear_cross_entropy_rows(
@@ -180,9 +176,8 @@ def _head(
         target=target,
         class_weight=None if head.class_weight is None else head.class_weight.contiguous(),
     )
-    implementation = choose_implementation(implementation, head.hidden.device)
-    dtype = _logits_dtype(head)
-    return rows, Static(options, implementation, int(max_logits_bytes), accumulation, dtype)
+    spec = RowSpec(options, choose_implementation(implementation, head.hidden.device))
+    return rows, Static(spec, int(max_logits_bytes), accumulation, _logits_dtype(head))
 
 
 def _logits_dtype(head: Head) -> torch.dtype:
@@ -199,30 +194,12 @@ def _logits_dtype(head: Head) -> torch.dtype:
     return head.hidden.dtype
 
 
-def _divisor(head: Head, static: Static, denominator: float | Tensor | None) -> Tensor:
+def _divided_by(head: Head, static: Static, denominator: float | Tensor | None) -> Tensor:
     """The 0-d divisor of `mean`, on the device, without reading it."""
-    device = head.hidden.device
-    dtype = torch.float64 if static.dtype == torch.float64 else torch.float32
-    if isinstance(denominator, Tensor):
-        check_denominator(_facts("denominator", denominator))
-        if denominator.device.type not in ("cpu", device.type):
-            passed = f"denominator on {denominator.device} with hidden on {device}"
-            fail(ValueError, passed, "one device", "denominator.to(hidden.device)")
-        return denominator.reshape(()).to(device=device, dtype=dtype, non_blocking=True)
-    if denominator is not None:
-        if not is_number(denominator):
-            denominator_error(denominator)
-        return torch.full((), denominator, dtype=dtype, device=device)
-    if head.target.is_floating_point():
-        return torch.full((), len(head.hidden), dtype=dtype, device=device)
-    label, ignored = head.target.long(), static.options.ignore_index
-    counted = torch.ones_like(label, dtype=torch.bool) if ignored is None else label != ignored
-    if head.class_weight is None:
-        return counted.sum(dtype=dtype)
-    valid = (label >= 0) & (label < len(head.weight))
-    # An invalid label makes the mean NaN by its loss; counted as 1, it leaves the other rows' gradients finite.
-    mass = torch.where(valid, head.class_weight.to(dtype)[torch.where(valid, label, 0)], 1.0)
-    return torch.where(counted, mass, 0.0).sum()
+    # Of the logits only dtype and device are asked for.
+    nothing = head.hidden.new_empty(0, dtype=static.dtype)
+    by = divisor(Inputs(nothing, head.target, head.class_weight), static.spec, denominator)
+    return by if isinstance(by, Tensor) else torch.full((), by, dtype=compute_dtype(nothing), device=nothing.device)
 
 
 def _facts(name: str, value: Tensor) -> Facts:

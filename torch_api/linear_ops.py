@@ -20,6 +20,7 @@ from ce_kernels.checks import label_error
 from ce_kernels.linear import chunk_rows
 from torch_api import launch
 from torch_api.reference import compute_dtype
+from torch_api.rows import Inputs, RowSpec, Upstream
 
 
 class Head(NamedTuple):
@@ -35,20 +36,19 @@ class Head(NamedTuple):
 class Static(NamedTuple):
     """What is known without data; dtype is that of the logits."""
 
-    options: Options
-    implementation: str
+    spec: RowSpec
     max_logits_bytes: int
     accumulation: str
     dtype: torch.dtype
 
     def flat(self) -> tuple:
         """In the types of an operation's schema."""
-        return *astuple(self.options), *self[1:]
+        return *astuple(self.spec.options), self.spec.implementation, *self[1:]
 
     @classmethod
     def of(cls, flat: list) -> "Static":
         """The inverse of flat."""
-        return cls(Options(*flat[:5]), *flat[5:])
+        return cls(RowSpec(Options(*flat[:5]), flat[5]), *flat[6:])
 
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight"
@@ -94,18 +94,12 @@ def _stats(*arguments):
     head, (*static, with_argmax) = _unpack(arguments)
     static = Static.of(static)
     with _plain(head):
-        _check_labels(head, static.options)
+        _check_labels(head, static.spec.options)
         cast = _cast(head, static.dtype)
         loss, lse, target_sum, predicted = _fake_stats(*arguments)
         for part, logits in _logits(cast, static):
-            out = launch.stats(
-                logits,
-                cast.target[part],
-                cast.class_weight,
-                static.options,
-                static.implementation,
-                with_argmax=with_argmax,
-            )
+            inputs = Inputs(logits, cast.target[part], cast.class_weight)
+            out = launch.stats(inputs, static.spec, with_argmax=with_argmax)
             loss[part], lse[part], target_sum[part] = out.loss, out.lse, out.target_sum
             if out.predicted is not None:
                 predicted[part] = out.predicted
@@ -116,20 +110,13 @@ def _fused(*arguments):
     head, (denominator, *static, wanted) = _unpack(arguments)
     static = Static.of(static)
     with _plain(head):
-        _check_labels(head, static.options)
+        _check_labels(head, static.spec.options)
         cast = _cast(head, static.dtype)
         loss, lse, target_sum = _row_outputs(head, static.dtype)
         into = _Gradients(head, cast, static, wanted)
         for part, logits in _logits(cast, static):
-            out, dlogits = launch.fused(
-                logits,
-                cast.target[part],
-                cast.class_weight,
-                denominator,
-                static.options,
-                static.implementation,
-                in_place=True,
-            )
+            inputs = Inputs(logits, cast.target[part], cast.class_weight)
+            out, dlogits = launch.fused(inputs, denominator, static.spec, donate=True)
             loss[part], lse[part], target_sum[part] = out.loss, out.lse, out.target_sum
             into.add(part, dlogits)
         return loss, lse, target_sum, *into.finished()
@@ -143,19 +130,9 @@ def _grad(*arguments):
         dtarget = _target_output(head, wanted)
         into = _Gradients(head, cast, static, wanted)
         for part, logits in _logits(cast, static):
-            dlogits, dtarget_part = launch.grad(
-                logits,
-                cast.target[part],
-                cast.class_weight,
-                lse[part],
-                target_sum[part],
-                dloss[part],
-                None if dlse is None else dlse[part],
-                static.options,
-                static.implementation,
-                with_dtarget=wanted[3],
-                in_place=True,
-            )
+            inputs = Inputs(logits, cast.target[part], cast.class_weight)
+            own = Upstream(lse[part], target_sum[part], dloss[part], None if dlse is None else dlse[part])
+            dlogits, dtarget_part = launch.grad(inputs, own, static.spec, with_dtarget=wanted[3], donate=True)
             if dtarget_part is not None:
                 dtarget[part] = dtarget_part
             into.add(part, dlogits)

@@ -46,11 +46,11 @@ class LinearLoss(Function):
             gradients = LinearGradients.apply(*head, lse, target_sum, dloss, None, ctx.static, [*wanted, False])[:3]
         else:
             ctx.spent = True
-            implementation = ctx.static.implementation
-            gradients = [
-                launch.scaled(x, g, implementation) if want else None
-                for x, want in zip((dhidden, dweight, dbias), wanted, strict=True)
-            ]
+            # `.data`: their receiver may write to them (.grad accumulates in place) without invalidating this node.
+            gradients = [x.data if want else None for x, want in zip((dhidden, dweight, dbias), wanted, strict=True)]
+            for x in gradients:
+                if x is not None:
+                    launch.scale_(x, g, ctx.static.spec.implementation)
         return *gradients, None, None, None, None
 
 
@@ -149,8 +149,8 @@ def _whole_gradients(
         head.target,
         head.class_weight,
         dim=-1,
-        implementation="triton" if static.implementation == "triton" else "reference",
-        **asdict(static.options),
+        implementation="triton" if static.spec.implementation == "triton" else "reference",
+        **asdict(static.spec.options),
     )
     total = (out.loss * dloss).sum()
     if dlse is not None:
