@@ -73,7 +73,7 @@ class Options:
             if not 0.0 < softcap < math.inf:
                 fail(ValueError, f"softcap={softcap}", "a finite number > 0, or None", "softcap=None for no cap")
         logit_scale = _number("logit_scale", logit_scale, "logit_scale=1.0")
-        if not math.isfinite(logit_scale):
+        if not -math.inf < logit_scale < math.inf:
             fail(ValueError, f"logit_scale={logit_scale}", "a finite number", "logit_scale=1.0")
         ignored = None if ignore_index is None else int(ignore_index)
         return cls(ignored, label_smoothing, z_loss, softcap, logit_scale)

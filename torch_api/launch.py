@@ -18,16 +18,17 @@ from ce_kernels.spec import check_implementation, fail
 from torch_api import layout, reference
 from torch_api.rows import Inputs, RowSpec, Stats, Upstream
 
+TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
+
 
 def choose_implementation(implementation: str | None, device: torch.device) -> str:
     """'triton' on CUDA devices where Triton is installed, 'reference' elsewhere; an impossible wish raises."""
     check_implementation(implementation)
     if implementation == "reference":
         return "reference"
-    installed = _triton_is_installed()
     if implementation is None:
-        return "triton" if device.type == "cuda" and installed else "reference"
-    if not installed:
+        return "triton" if device.type == "cuda" and TRITON_IS_INSTALLED else "reference"
+    if not TRITON_IS_INSTALLED:
         fail(RuntimeError, "implementation='triton'", "an installed triton", "implementation=None")
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         fail(
@@ -37,11 +38,6 @@ def choose_implementation(implementation: str | None, device: torch.device) -> s
             "implementation=None to choose by device",
         )
     return "triton"
-
-
-@lru_cache
-def _triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def stats(inputs: Inputs, spec: RowSpec, *, with_argmax: bool) -> Stats:

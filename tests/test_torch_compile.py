@@ -1,0 +1,184 @@
+"""torch.compile, torch.export, make_fx: one graph, few recompilations, operators that PyTorch's own checks accept."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ce_kernels import Options
+from tests.conftest import HAS_GPU
+from torch_api import CrossEntropyLoss, cross_entropy, cross_entropy_rows, ops
+from torch_api.rows import RowSpec
+
+# Of Inductor's own start, and of the device that it looks for.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
+DEVICE = "cuda" if HAS_GPU else "cpu"
+OPTIONS = {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 20.0}
+
+
+@pytest.fixture(autouse=True)
+def fresh_caches():
+    # Deterministic mode fills memory, which every compiled program would do too.
+    torch.use_deterministic_algorithms(False)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def problem(n_rows=6, n_classes=40, dtype=torch.float32):
+    torch.manual_seed(0)
+    logits = torch.randn(n_rows, n_classes, device=DEVICE, dtype=dtype, requires_grad=True)
+    labels = torch.randint(0, n_classes, (n_rows,), device=DEVICE)
+    labels[1] = -100
+    return logits, labels
+
+
+def both(function, logits, *args):
+    loss = function(logits, *args)
+    return loss, torch.autograd.grad(loss.sin().sum(), logits)[0]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_one_graph(backend):
+    logits, labels = problem()
+    weight = torch.rand(40, device=DEVICE)
+    tokens = torch.tensor(5, device=DEVICE)
+
+    def losses(x, y, w, tokens):
+        rows = cross_entropy_rows(x * 2, y, **OPTIONS)
+        return torch.stack([
+            cross_entropy(x * 2, y),
+            cross_entropy(x, y, w, reduction="sum", **OPTIONS),
+            cross_entropy(x, y, reduction="none").sum(),
+            cross_entropy(x, y, denominator=tokens),
+            cross_entropy(x, x.softmax(-1), w, **OPTIONS),
+            (rows.loss + rows.lse).sum() + (rows.predicted == y).sum(),
+        ])  # fmt: skip
+
+    expected = both(losses, logits, labels, weight, tokens)
+    compiled = both(torch.compile(losses, fullgraph=True, backend=backend), logits, labels, weight, tokens)
+    torch.testing.assert_close(compiled, expected)
+
+
+def test_module_in_a_compiled_training_step():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 40, device=DEVICE)
+    criterion = CrossEntropyLoss(dim=-1, label_smoothing=0.1)
+    hidden, labels = torch.randn(2, 3, 8, device=DEVICE), torch.randint(0, 40, (2, 3), device=DEVICE)
+    step = lambda hidden: criterion(model(hidden)[:, :-1], labels[:, 1:])  # noqa: E731
+    expected = torch.autograd.grad(step(hidden), model.parameters())
+    compiled = torch.autograd.grad(torch.compile(step, fullgraph=True, backend="aot_eager")(hidden), model.parameters())
+    torch.testing.assert_close(compiled, expected)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_batch_sizes_compile_at_most_twice(dynamic):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(cross_entropy, fullgraph=True, backend=counter, dynamic=dynamic)
+    for n_rows in (6, 7, 9, 12, 30):
+        logits, labels = problem(n_rows)
+        torch.testing.assert_close(both(compiled, logits, labels), both(cross_entropy, logits, labels))
+    assert counter.frame_count <= 2
+
+
+def test_compiled_views_and_time_shifts():
+    logits = torch.randn(2, 5, 16, device=DEVICE, requires_grad=True)
+    tokens = torch.randint(0, 16, (2, 5), device=DEVICE)
+
+    def losses(x):
+        shifted = cross_entropy(x[:, :-1], tokens[:, 1:], dim=-1)
+        return shifted + cross_entropy(x.transpose(0, 1), tokens.T, dim=-1) + cross_entropy(x.mT, tokens)
+
+    compiled = both(torch.compile(losses, fullgraph=True, backend="aot_eager"), logits)
+    torch.testing.assert_close(compiled, both(losses, logits))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_autograd():
+    logits, labels = problem()
+    expected = both(cross_entropy, logits, labels)
+    loss = cross_entropy(logits, labels)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        loss.sin().backward()
+    torch.testing.assert_close(logits.grad, expected[1])
+
+
+def test_export():
+    class Loss(torch.nn.Module):
+        def forward(self, logits, labels):
+            return cross_entropy(logits, labels, **OPTIONS)
+
+    logits, labels = problem()
+    rows = torch.export.Dim("rows", min=2, max=64)
+    program = torch.export.export(Loss(), (logits.detach(), labels), dynamic_shapes=({0: rows}, {0: rows}))
+    assert "ce_kernels.row_statistics" in str(program.graph)
+    more, more_labels = problem(11)
+    torch.testing.assert_close(program.module()(more, more_labels), cross_entropy(more, more_labels, **OPTIONS))
+
+
+@pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
+def test_make_fx(tracing_mode):
+    logits, labels = problem()
+
+    def step(logits, labels):
+        loss = cross_entropy(logits, labels)
+        return loss, torch.autograd.grad(loss, logits)[0]
+
+    graph = make_fx(step, tracing_mode=tracing_mode)(logits, labels)
+    assert "row_gradients" in str(graph.graph)
+    logits, labels = problem(6 if tracing_mode != "symbolic" else 9)
+    torch.testing.assert_close(graph(logits, labels), step(logits, labels))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_operators_are_what_they_say(dtype):
+    logits, labels = problem(dtype=dtype)
+    logits = logits.detach()
+    for implementation in ("reference", "triton"):
+        scalars = ops._scalars(RowSpec(Options(**OPTIONS), implementation))
+        for target in (labels, logits.softmax(-1)):
+            statistics = (logits, target, torch.rand(40, device=DEVICE), True, *scalars)
+            torch.library.opcheck(torch.ops.ce_kernels.row_statistics, statistics)
+            loss, lse, target_sum, _ = torch.ops.ce_kernels.row_statistics(*statistics)
+            gradients = (logits, target, None, lse, target_sum, loss, lse, target is not labels, *scalars)
+            torch.library.opcheck(torch.ops.ce_kernels.row_gradients, gradients)
+
+
+def test_meta_and_fake_tensors():
+    logits, labels = torch.empty(3, 7, device="meta", requires_grad=True), torch.empty(3, dtype=torch.long, device="meta")
+    loss = cross_entropy(logits, labels)
+    assert loss.device.type == "meta"
+    assert torch.autograd.grad(loss, logits)[0].shape == (3, 7)
+    with torch._subclasses.FakeTensorMode():
+        logits = torch.empty(3, 7, dtype=torch.bfloat16, requires_grad=True)
+        loss = cross_entropy(logits, torch.zeros(3, dtype=torch.long), label_smoothing=0.1)
+        assert loss.dtype == torch.float32
+        assert torch.autograd.grad(loss, logits)[0].dtype == torch.bfloat16
+
+
+def test_donation_under_compile_says_what_to_write():
+    logits, labels = problem()
+    donated = lambda x: cross_entropy(x * 1, labels, donate_logits=True)  # noqa: E731
+    with pytest.raises(Exception, match="donate_logits=False"):
+        torch.compile(donated, fullgraph=True, backend="eager")(logits)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_kernels_really_run_in_compiled_graphs(backend):
+    torch.manual_seed(0)
+    logits = torch.randn(64, 32000, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.randint(0, 32000, (64,), device="cuda")
+    compiled = torch.compile(lambda x: cross_entropy(x * 2, labels), fullgraph=True, backend=backend)
+    torch.autograd.grad(compiled(logits), logits)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        loss = compiled(logits)
+        (gradient,) = torch.autograd.grad(loss, logits)
+    names = " ".join(event.key for event in profile.key_averages())
+    assert "cross_entropy_stats_kernel" in names
+    assert "cross_entropy_grad_kernel" in names
+    leaf = logits.detach().double().requires_grad_()
+    expected = F.cross_entropy(leaf * 2, labels)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(gradient.double(), torch.autograd.grad(expected, leaf)[0], rtol=3e-2, atol=1e-6)
