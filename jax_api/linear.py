@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import AxisType
 from jax.typing import ArrayLike, DTypeLike
 
 from ce_kernels import Options
@@ -15,7 +16,7 @@ from ce_kernels.spec import Implementation, Reduction, check_reduction, fail
 from jax_api.backend import choose_implementation
 from jax_api.launch import vary, varying_axes
 from jax_api.linear_chunks import Head, LinearStatic
-from jax_api.linear_rules import linear_loss, linear_rows
+from jax_api.linear_rules import jitted_loss, jitted_rows
 from jax_api.losses import RowOutputs, _divisor, _index_rows, _names, _Rows, as_array, facts_of
 from jax_api.static import Static
 
@@ -69,6 +70,8 @@ def linear_cross_entropy(
         accumulation: how the chunks of the gradients of weight are added up. "float32": in a float32 copy of it (which
             is the gradient itself where weight is float32). "parameter": in weight's dtype, with no copy; every chunk
             rounds the sum once, so bfloat16 gradients have about √((chunks + 1) / 2) times the error of one rounding.
+        axis_name: inside `jax.shard_map`, the mesh axes over which the classes of weight, bias, class_weight and soft
+            labels are sharded, in equal slices in the axes' order. hidden and labels are whole on each of them.
         implementation: "triton", "reference" or None to choose by platform when the program is lowered.
 
     Returns:
@@ -95,12 +98,12 @@ def linear_cross_entropy(
     static = _static(head, options, choices)
     rows, shape = _rows(head, static), head.hidden.shape[:-1]
     if reduction == "none":
-        return linear_rows(static, rows).loss.reshape(shape)
+        return jitted_rows(static, rows).loss.reshape(shape)
     divisor = _divided_by(rows, static, 1.0 if reduction == "sum" else denominator)
     if static.dtype == jnp.float16:
         # Loss scaling exists because p / N is below fp16's range: round only after the upstream gradient is known.
-        return linear_rows(static, rows).loss.sum() / divisor
-    return linear_loss(static, rows, divisor)
+        return jitted_rows(static, rows).loss.sum() / divisor
+    return jitted_loss(static, rows, divisor)
 
 
 def linear_cross_entropy_rows(
@@ -145,7 +148,7 @@ def linear_cross_entropy_rows(
     head = _arrays(hidden, weight, labels, bias, class_weight)
     choices = _Choices(class_axis, dtype, max_logits_bytes, accumulation, axis_name, implementation)
     static = _static(head, options, choices, with_argmax=True)
-    out = linear_rows(static, _rows(head, static))
+    out = jitted_rows(static, _rows(head, static))
     shape = head.hidden.shape[:-1]
     return RowOutputs(*(array.reshape(shape) for array in (out.loss, out.lse, out.predicted)))  # pyright: ignore
 
@@ -175,6 +178,7 @@ class _Choices(NamedTuple):
 
 def _static(head: Head, options: Options, choices: _Choices, *, with_argmax: bool = False) -> LinearStatic:
     """What is known without data, after checking the arrays."""
+    _check_sharding(head)
     check_chunking(choices.max_logits_bytes, choices.accumulation)
     hidden, weight = facts_of("hidden", head.hidden), facts_of("weight", head.weight)
     bias = None if head.bias is None else facts_of("bias", head.bias)
@@ -194,6 +198,22 @@ def _static(head: Head, options: Options, choices: _Choices, *, with_argmax: boo
     return LinearStatic(rows, choices.class_axis, choices.max_logits_bytes, choices.accumulation, dtype)
 
 
+def _check_sharding(head: Head) -> None:
+    """Raises ValueError for arrays whose types say that they are sharded: chunks of rows would cut across devices."""
+    for name, x in head._asdict().items():
+        if x is None:
+            continue
+        sharding = jax.typeof(x).sharding
+        explicit = AxisType.Explicit in sharding.mesh.axis_types
+        if explicit and any(entry is not None for entry in sharding.spec):
+            fail(
+                ValueError,
+                f"{name} sharded as {sharding.spec} over explicit mesh axes",
+                "a device's own rows: chunks of all rows would cut across devices",
+                "jax.shard_map around the call, with axis_name where the classes are sharded",
+            )
+
+
 def _rows(head: Head, static: LinearStatic) -> Head:
     """The arrays as rows, varying over the same mesh axes, so that gradients are summed over those an array lacks."""
     width, n_classes = head.hidden.shape[-1], head.weight.shape[static.class_axis]
@@ -204,7 +224,8 @@ def _rows(head: Head, static: LinearStatic) -> Head:
         target=head.target.reshape(n_rows, n_classes) if soft else _index_rows(head.target).reshape(n_rows),
     )
     axes = varying_axes(*jax.tree.leaves(rows), *(lax.axis_index(name) for name in static.rows.axis_name))
-    return jax.tree.map(lambda x: vary(x, axes), rows)
+    varied = jax.tree.map(lambda x: vary(x, axes), rows)
+    return varied if soft else varied._replace(target=rows.target)
 
 
 def _divided_by(head: Head, static: LinearStatic, denominator: ArrayLike | None) -> Array:
@@ -212,4 +233,5 @@ def _divided_by(head: Head, static: LinearStatic, denominator: ArrayLike | None)
     n_classes = head.weight.shape[static.class_axis]
     logits: Any = jax.ShapeDtypeStruct((*head.hidden.shape[:-1], n_classes), static.dtype)
     rows = _Rows(logits, head.target, head.class_weight, static.rows.options, head.hidden.shape[:-1])
-    return vary(_divisor(rows, denominator, static.rows.axis_name), varying_axes(head.hidden))
+    names = static.rows.axis_name
+    return vary(_divisor(rows, denominator, names), varying_axes(head.hidden) - set(names))

@@ -76,7 +76,7 @@ def stats(static: LinearStatic, head: Head) -> Stats:
 
     def run(head: Head) -> Stats:
         rows = _zero_rows(static, head)
-        predicted = jnp.zeros(rows.shape, jnp.int32) if static.rows.with_argmax else None
+        predicted = rows.astype(jnp.int32) if static.rows.with_argmax else None
         return _over_chunks(static, head, Stats(rows, rows, rows, predicted), step)
 
     return sequential_vmap(run)(head)
@@ -167,7 +167,9 @@ def _over_chunks[Carry](
 
 
 def _zero_rows(static: LinearStatic, head: Head) -> Array:
-    return _zeros(head, head.hidden.shape[:1], jnp.promote_types(static.dtype, jnp.float32))
+    # Statistics are those of whole rows: slices of the vocabulary have them in common.
+    zeros = jnp.zeros(head.hidden.shape[:1], jnp.promote_types(static.dtype, jnp.float32))
+    return vary(zeros, varying_axes(head.hidden) - set(static.rows.axis_name))
 
 
 def _zero_gradients(static: LinearStatic, wanted: Wanted, head: Head) -> Gradients:

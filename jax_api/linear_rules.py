@@ -141,6 +141,11 @@ def _linear_loss_bwd(static, residuals, g):
 linear_loss.defvjp(_linear_loss_fwd, _linear_loss_bwd, symbolic_zeros=True)
 
 
+# Outside of jit, a call compiles once; and a shard_map outside of jit knows no symbolic zeros but those inside of a jit.
+jitted_rows = jax.jit(linear_rows, static_argnums=0, inline=True)
+jitted_loss = jax.jit(linear_loss, static_argnums=0, inline=True)
+
+
 def _values_and_wanted(head: Head) -> tuple[Head, Wanted]:
     """The arrays of a head whose leaves say whether they are differentiated, and which are."""
     if head.class_weight is not None and head.class_weight.perturbed:  # pyright: ignore
