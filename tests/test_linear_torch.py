@@ -236,8 +236,8 @@ MISTAKES = {
     "another width": (
         lambda h, w, y: linear_cross_entropy(h[:, 1:], w, y),
         ValueError,
-        "got hidden float64[7, 4] with weight float64[12, 5]; required: hidden [..., D] and weight [V, D] with the same "
-        "D; write hidden whose last axis has 5 entries",
+        "got hidden float64[7, 4] with weight float64[12, 5]; required: hidden [..., D] and weight [V, D] with the "
+        "same D; write hidden whose last axis has 5 entries",
     ),
     "weight that is no matrix": (
         lambda h, w, y: linear_cross_entropy(h, w[0], y),
