@@ -254,3 +254,42 @@ def test_chunks_are_within_the_budget_and_cover_all_rows(shape, budget):
     if count > 1 and budget >= 128:
         assert rows % 128 == 0
     assert ce_kernels.linear.MAX_LOGITS_BYTES < 0.6 * 2**30
+
+
+@pytest.mark.parametrize("frontend", [f for f in FRONTENDS if "interpreter" not in str(f.id)])
+def test_errors_of_the_accumulations(frontend):
+    """Against the fp64 sum of the same bf16 products, in units of the error of one rounding to bf16."""
+    rng = np.random.default_rng(0)
+    n_rows, width, n_classes, chunks = 2048, 32, 96, 16
+    hidden = rng.normal(size=(n_rows, width)).astype(NUMPY["bfloat16"])
+    weight = (rng.normal(size=(n_classes, width)) * 0.3).astype(NUMPY["bfloat16"])
+    labels = frontend.array(rng.integers(0, n_classes, n_rows))
+    is_jax = frontend.api.__name__ == "jax_api"
+
+    def found(accumulation, *more):
+        def loss(weight):
+            return (
+                frontend.api.linear_cross_entropy(
+                    frontend.array(hidden),
+                    weight.T if is_jax else weight,
+                    labels,
+                    reduction="sum",
+                    accumulation=accumulation,
+                    max_logits_bytes=2 * n_classes * n_rows // chunks,
+                    implementation=frontend.implementation,
+                ),
+            )
+
+        return frontend.differentiate(loss, (np.ones(()),), weight)[1][0].astype(np.float64)
+
+    def of_logits(logits):
+        options = {"reduction": "sum", "implementation": frontend.implementation}
+        return (frontend.api.cross_entropy(logits, labels, **options),)
+
+    logits = (hidden.astype(np.float32) @ weight.astype(np.float32).T).astype(NUMPY["bfloat16"])
+    dlogits = frontend.differentiate(of_logits, (np.ones(()),), logits)[1][0].astype(np.float64)
+    exact = dlogits.T @ hidden.astype(np.float64)
+    once = np.sqrt(np.mean((exact.astype(NUMPY["bfloat16"]).astype(np.float64) - exact) ** 2))
+    errors = {name: np.sqrt(np.mean((found(name) - exact) ** 2)) / once for name in ("float32", "parameter")}
+    assert errors["float32"] < 1.05
+    assert 1.2 < errors["parameter"] < 1.2 * np.sqrt((chunks + 1) / 2)

@@ -1,4 +1,4 @@
-"""What a JAX user does with linear_cross_entropy: freeze, vmap, remat, shard, differentiate twice, call it from Flax."""
+"""What a JAX user does with linear_cross_entropy: freeze, vmap, remat, shard, derive twice, call it from Flax."""
 
 import os
 import subprocess
