@@ -75,7 +75,7 @@ def measure(n_rows: int, n_classes: int) -> dict[str, float]:
     results = {}
     for name, call in calls.items():
         call()
-        launches = recorded(call) if "torch" not in name else []
+        launches = recorded(call) if on_gpu and "torch" not in name else []
         results[name] = host_us(call)
         results[f"{name}: bare"] = sum(host_us(launch) for launch in launches)
     return results

@@ -37,8 +37,13 @@ class Call(NamedTuple):
     spec: RowSpec
 
 
-def checked(input: Tensor, target: Tensor, weight: Tensor | None, choices: Choices) -> tuple[Inputs, RowSpec]:
-    """The arguments as rows, classes last, and what these have in common. Raises what the public functions document."""
+def checked(
+    input: Tensor, target: Tensor, weight: Tensor | None, choices: Choices, slices: int = 1
+) -> tuple[Inputs, RowSpec]:
+    """The arguments as rows, classes last, and what these have in common. Raises what the public functions document.
+
+    Of a vocabulary in several slices input, soft targets and weight are one; slices 0 leaves labels unchecked.
+    """
     for name, value in (("input", input), ("target", target), ("weight", weight)):
         if not isinstance(value, Tensor) and not (value is None and name == "weight"):
             fail(TypeError, f"{name} of type {type(value).__name__}", "a torch.Tensor", f"torch.as_tensor({name})")
@@ -56,8 +61,8 @@ def checked(input: Tensor, target: Tensor, weight: Tensor | None, choices: Choic
         # Narrow and unsigned integers cannot hold a negative ignore_index.
         target = target.to(torch.int64)
     inputs = Inputs(_classes_last(input, axis), target, weight if weight is None else weight.contiguous())
-    if not soft and target.device.type == "cpu" and tracing.is_eager(input, target):
-        check_labels(target, input.shape[axis], spec.options)
+    if not soft and slices and target.device.type == "cpu" and tracing.is_eager(input, target):
+        check_labels(target, slices * input.shape[axis], spec.options)
     return inputs, spec
 
 
@@ -84,6 +89,11 @@ def _check(logits, target, weight, *choices) -> Call:
 _check_once = lru_cache(maxsize=4096, typed=True)(_check)
 
 
+def facts_of(name: str, array: Tensor) -> Facts:
+    """What the checks need to know of a tensor."""
+    return _facts(name, array.shape, array.dtype, array.device)
+
+
 def _facts(name: str, shape: torch.Size, dtype: torch.dtype, _: torch.device) -> Facts:
     return Facts(name, tuple(shape), str(dtype).removeprefix("torch."))
 
@@ -101,19 +111,24 @@ def check_labels(target: Tensor, n_classes: int, options: Options) -> None:
         label_error("target", int(target[bad].flatten()[0]), n_classes)
 
 
-def divisor(inputs: Inputs, spec: RowSpec, denominator: float | Tensor | None) -> float | Tensor:
-    """The divisor of `mean`: a number where the host knows it, else 0-d on the device, which is never read."""
-    dtype, device = compute_dtype(inputs.logits), inputs.logits.device
+def checked_denominator(denominator: float | Tensor, dtype: torch.dtype, device: torch.device) -> float | Tensor:
+    """The user's divisor of `mean`: a number, or 0-d on the device, never read by the host."""
     if isinstance(denominator, Tensor):
-        check_denominator(_facts("denominator", denominator.shape, denominator.dtype, denominator.device))
+        check_denominator(facts_of("denominator", denominator))
         if denominator.device.type not in ("cpu", device.type):
             passed = f"denominator on {denominator.device} with input on {device}"
             fail(ValueError, passed, "one device", "denominator.to(input.device)")
         return denominator.reshape(()).to(device=device, dtype=dtype, non_blocking=True)
+    if not is_number(denominator):
+        denominator_error(denominator)
+    return float(denominator)
+
+
+def divisor(inputs: Inputs, spec: RowSpec, denominator: float | Tensor | None) -> float | Tensor:
+    """The divisor of `mean`: a number where the host knows it, else 0-d on the device, which is never read."""
+    dtype, device = compute_dtype(inputs.logits), inputs.logits.device
     if denominator is not None:
-        if not is_number(denominator):
-            denominator_error(denominator)
-        return float(denominator)
+        return checked_denominator(denominator, dtype, device)
     if inputs.target.is_floating_point():
         return inputs.target.numel() // inputs.target.shape[-1]
     if inputs.weight is None:

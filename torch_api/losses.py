@@ -1,17 +1,20 @@
 """The public functions. The formula they compute stands in `ce_kernels.spec`."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ce_kernels.spec import Implementation, Reduction, check_reduction
+from ce_kernels.spec import Implementation, Reduction, check_reduction, fail
 from torch_api import donation, layout, tracing
 from torch_api.arguments import Choices, checked, divisor
 from torch_api.reference import compute_dtype
-from torch_api.rows import Inputs, RowSpec
+from torch_api.rows import Inputs, Reducing, RowSpec
 from torch_api.rules import FusedLoss, row_losses
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class RowOutputs(NamedTuple):
@@ -37,6 +40,7 @@ def cross_entropy(
     dim: int | None = None,
     implementation: Implementation | None = None,
     donate_logits: bool = False,
+    process_group: "ProcessGroup | None" = None,
 ) -> Tensor:
     r"""Softmax cross-entropy of logits, as `torch.nn.functional.cross_entropy` with z-loss, soft cap and logit scale.
 
@@ -65,6 +69,8 @@ def cross_entropy(
         implementation: "triton", "reference" or None to choose by device.
         donate_logits: lets the gradient overwrite input, which must not be used afterwards: half the memory. Without
             a gradient nothing is overwritten.
+        process_group: input, probabilities and weight are this process's slice of the classes, the slices of one size
+            in the order of ranks; class indices count the whole vocabulary, and the loss is the same on every process.
 
     Returns:
         The loss in nats: float32 (float64 for float64 input); in target's shape for `none`, else 0-d. Out-of-range
@@ -73,7 +79,9 @@ def cross_entropy(
     Raises:
         TypeError, ValueError: what was passed, what is required, what to write instead.
         IndexError: an out-of-range class index, where finding it needs no device synchronisation.
-        RuntimeError: in backward, where donated logits are needed again.
+        RuntimeError: in backward, where donated logits are needed again; second derivatives of a sharded vocabulary.
+
+    A DTensor in any sharding gives a DTensor: rows sharded as those of input, or a replicated scalar.
 
     Example:
         >>> import torch
@@ -91,6 +99,9 @@ def cross_entropy(
         return _overridden(cross_entropy, locals())
     choices = Choices(ignore_index, label_smoothing, z_loss, softcap, logit_scale, dim, implementation)
     check_reduction(reduction, denominator)
+    if process_group is not None or tracing.is_dtensor(input):
+        reducing = Reducing(reduction, denominator, donate_logits, process_group)
+        return _sharded(input, process_group).cross_entropy(input, target, weight, choices, reducing)
     inputs, spec = checked(input, target, weight, choices)
     if donate_logits:
         donation.check(inputs.logits)
@@ -121,6 +132,7 @@ def cross_entropy_rows(
     logit_scale: float = 1.0,
     dim: int | None = None,
     implementation: Implementation | None = None,
+    process_group: "ProcessGroup | None" = None,
 ) -> RowOutputs:
     r"""Per-row loss, lse and argmax in one read of the logits: log-probabilities, z-loss variants, accuracy, analysis.
 
@@ -146,10 +158,27 @@ def cross_entropy_rows(
     if has_torch_function_variadic(input, target, weight):
         return _overridden(cross_entropy_rows, locals())
     choices = Choices(ignore_index, label_smoothing, z_loss, softcap, logit_scale, dim, implementation)
+    if process_group is not None or tracing.is_dtensor(input):
+        front = _sharded(input, process_group)
+        return RowOutputs(*front.cross_entropy_rows(input, target, weight, choices, process_group))
     inputs, spec = checked(input, target, weight, choices)
     out = row_losses(inputs, spec, with_argmax=True)
     assert out.predicted is not None
     return RowOutputs(out.loss, out.lse, out.predicted.long())
+
+
+def _sharded(input: Tensor, process_group: "ProcessGroup | None"):
+    """Who has the rule for classes that are spread over processes; torch.distributed is loaded for those alone."""
+    if not tracing.is_dtensor(input):
+        from torch_api import distributed
+
+        return distributed
+    from torch_api import dtensor
+
+    if process_group is not None:
+        passed = "process_group with a DTensor"
+        fail(ValueError, passed, "one of them: a DTensor knows its own groups", "process_group=None")
+    return dtensor
 
 
 def _overridden(function, arguments: dict):

@@ -37,6 +37,7 @@ class CrossEntropyLoss(nn.Module):
         denominator: float | None = None,
         dim: int | None = None,
         implementation: Implementation | None = None,
+        donate_logits: bool = False,
     ) -> None:
         super().__init__()
         check_reduction(reduction, denominator)
@@ -52,6 +53,7 @@ class CrossEntropyLoss(nn.Module):
         self.denominator = denominator
         self.dim = dim
         self.implementation: Implementation | None = implementation
+        self.donate_logits = donate_logits
 
     def forward(self, input: Tensor, target: Tensor, *, denominator: float | Tensor | None = None) -> Tensor:
         """The loss of logits `input` for `target`; denominator replaces the module's own."""
@@ -68,6 +70,7 @@ class CrossEntropyLoss(nn.Module):
             denominator=self.denominator if denominator is None else denominator,
             dim=self.dim,
             implementation=self.implementation,
+            donate_logits=self.donate_logits,
         )
 
     def extra_repr(self) -> str:
@@ -82,6 +85,7 @@ class CrossEntropyLoss(nn.Module):
             "denominator": None,
             "dim": None,
             "implementation": None,
+            "donate_logits": False,
         }
         return ", ".join(
             f"{name}={getattr(self, name)!r}" for name, default in defaults.items() if getattr(self, name) != default

@@ -4,11 +4,14 @@ logits [*batch, V], target [*batch] (class indices) or [*batch, V], row vectors 
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from ce_kernels import Options
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -45,3 +48,12 @@ class Upstream(NamedTuple):
     target_sum: Tensor
     dloss: Tensor
     dlse: Tensor | None
+
+
+class Reducing(NamedTuple):
+    """How rows become the loss, and whose they are."""
+
+    reduction: str
+    denominator: "float | Tensor | None" = None
+    donate: bool = False
+    process_group: "ProcessGroup | None" = None

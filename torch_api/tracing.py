@@ -1,5 +1,7 @@
 """Who is watching: plain eager execution, transforms of torch.func, tracers. The one file that asks PyTorch's internals."""
 
+import sys
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -32,6 +34,14 @@ def is_opaque(*tensors: Tensor | None) -> bool:
 def is_batched(*tensors: Tensor | None) -> bool:
     """Whether a tensor is many, mapped by `torch.autograd.grad(…, is_grads_batched=True)`."""
     return any(x is not None and torch._C._dispatch_keys(x).has(_BATCHED) for x in tensors)
+
+
+def is_dtensor(x: object) -> bool:
+    """Whether x is a DTensor, whose module is loaded where there is one."""
+    if type(x) is Tensor or type(x) is Parameter:
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
 
 
 def is_higher_order() -> bool:

@@ -1,0 +1,246 @@
+"""Views read in place, gradients in the layout of their logits, donated logits."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from tests.conftest import HAS_GPU
+from torch_api import CrossEntropyLoss, cross_entropy, cross_entropy_rows, layout
+
+DEVICE = "cuda" if HAS_GPU else "cpu"
+each_implementation = pytest.mark.parametrize("implementation", ["reference", "triton"])
+each_reduction = pytest.mark.parametrize("reduction", ["mean", "none"])
+
+# name: (view of [3, 4, 40] logits with classes last, whether a kernel reads it without a copy)
+VIEWS = {
+    "all_but_last": (lambda x: x[:, :-1], True),
+    "all_but_first": (lambda x: x[:, 1:], True),
+    "every_other": (lambda x: x[:, ::2], True),
+    "every_other_batch": (lambda x: x[::2], True),
+    "time_major": (lambda x: x.transpose(0, 1), True),
+    "classes_cut": (lambda x: x[..., 3:31], True),
+    "classes_cut_of_shifted": (lambda x: x[:, 1:, :33], True),
+    "expanded": (lambda x: x[:1].expand(3, -1, -1), True),
+    "expanded_inside": (lambda x: x[:, :1].expand(-1, 4, -1), True),
+    "one_row": (lambda x: x[1:2, 2:3], True),
+    "nothing": (lambda x: x[:0], True),
+    "transposed_classes": (lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), False),
+    "strided_classes": (lambda x: x[..., ::2], False),
+    "three_levels": (lambda x: x.view(3, 2, 2, 40).permute(2, 0, 1, 3)[:, :, :1], True),
+    "really_three_levels": (lambda x: x.view(3, 2, 2, 40).permute(2, 1, 0, 3), False),
+    "unaligned": (lambda x: x.flatten()[1:361].view(3, 3, 40), True),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_views(view, reduction, dtype):
+    make, in_place = VIEWS[view]
+    torch.manual_seed(0)
+    base = torch.randn(3, 4, 40, device=DEVICE, dtype=dtype).requires_grad_()
+    logits = make(base)
+    labels = torch.randint(0, logits.shape[-1], logits.shape[:-1], device=DEVICE)
+    assert (layout.row_levels(logits.shape, logits.stride()) is not None) == in_place
+    loss = cross_entropy(logits, labels, dim=-1, reduction=reduction, implementation="triton")
+    leaf = base.detach().double().requires_grad_()
+    rows = make(leaf).reshape(-1, logits.shape[-1])
+    expected = F.cross_entropy(rows, labels.flatten(), reduction=reduction).reshape(loss.shape)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    (gradient,) = torch.autograd.grad(loss.sin().sum(), base)
+    (right,) = torch.autograd.grad(expected.sin().sum(), leaf)
+    if logits.numel():
+        rtol = 2e-2 if dtype == torch.bfloat16 else 1e-4
+        torch.testing.assert_close(gradient.double(), right, rtol=rtol, atol=1e-3 if rtol > 1e-3 else 1e-6)
+
+
+@each_reduction
+@pytest.mark.parametrize("view", ["time_major", "all_but_last", "every_other"])
+def test_gradients_have_the_layout_of_their_logits(view, reduction):
+    logits = VIEWS[view][0](torch.randn(3, 4, 40, device=DEVICE)).detach().requires_grad_()
+    labels = torch.zeros(logits.shape[:-1], dtype=torch.long, device=DEVICE)
+    loss = cross_entropy(logits, labels, dim=-1, reduction=reduction, implementation="triton")
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    assert gradient.stride() == torch.empty_like(logits).stride()
+
+
+def test_soft_targets_through_views():
+    base, soft = torch.randn(3, 4, 40, device=DEVICE), torch.rand(4, 3, 40, device=DEVICE)
+    leaf, target = base[:, 1:].clone().requires_grad_(), soft.transpose(0, 1)[:, 1:].clone().requires_grad_()
+    expected = torch.autograd.grad(F.cross_entropy(leaf.mT, target.mT), (leaf, target))
+    view, targets = base.requires_grad_(), soft.requires_grad_()
+    loss = cross_entropy(view[:, 1:], targets.transpose(0, 1)[:, 1:], dim=-1, implementation="triton")
+    got = torch.autograd.grad(loss, (view, targets))
+    torch.testing.assert_close((got[0][:, 1:], got[1].transpose(0, 1)[:, 1:]), expected)
+
+
+def donated(logits, labels, implementation, **options):
+    return cross_entropy(logits, labels, donate_logits=True, implementation=implementation, **options)
+
+
+def make_problem(dtype=torch.float32):
+    torch.manual_seed(0)
+    hidden = torch.randn(6, 8, device=DEVICE, dtype=dtype)
+    head = torch.randn(30, 8, device=DEVICE, dtype=dtype, requires_grad=True)
+    labels = torch.randint(0, 30, (6,), device=DEVICE)
+    labels[2] = -100
+    return hidden, head, labels
+
+
+@each_implementation
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_donated_logits_become_their_gradient(implementation, reduction, dtype):
+    hidden, head, labels = make_problem(dtype)
+    plain = cross_entropy(hidden @ head.T, labels, reduction=reduction, implementation=implementation).sum() * 2
+    expected = torch.autograd.grad(plain, head)[0]
+    logits = hidden @ head.T
+    seen = []
+    logits.register_hook(seen.append)
+    loss = donated(logits, labels, implementation, reduction=reduction)
+    torch.testing.assert_close(loss.sum() * 2, plain)
+    (loss.sum() * 2).backward()
+    torch.testing.assert_close(head.grad, expected)
+    assert seen[0].data_ptr() == logits.data_ptr(), "the gradient stands where the logits stood"
+
+
+@each_implementation
+@pytest.mark.parametrize("view", ["all_but_last", "time_major", "classes_cut"])
+def test_donated_views(implementation, view):
+    torch.manual_seed(0)
+    base = torch.randn(3, 4, 40, device=DEVICE, requires_grad=True)
+    make = VIEWS[view][0]
+    labels = torch.zeros(make(base).shape[:-1], dtype=torch.long, device=DEVICE)
+    expected = torch.autograd.grad(cross_entropy(make(base * 1), labels, dim=-1) * 3, base)[0]
+    kept = base * 1
+    loss = donated(make(kept), labels, implementation, dim=-1) * 3
+    torch.testing.assert_close(torch.autograd.grad(loss, base)[0], expected)
+    if view == "all_but_last":
+        assert torch.equal(kept[:, -1], base[:, -1]), "only the view is given away"
+
+
+@each_implementation
+@each_reduction
+def test_another_use_of_donated_logits_raises_in_backward(implementation, reduction):
+    hidden, head, labels = make_problem()
+    logits = hidden @ head.T
+    penalty = logits.square().mean()
+    loss = donated(logits, labels, implementation, reduction=reduction).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        # The penalty's backward runs last: it was made first.
+        (penalty + loss).backward()
+
+
+@each_implementation
+@each_reduction
+def test_second_backward_and_create_graph_of_donated_logits_raise(implementation, reduction):
+    hidden, head, labels = make_problem()
+    loss = donated(hidden @ head.T, labels, implementation, reduction=reduction).sum()
+    with pytest.raises(RuntimeError, match="got create_graph=True through donated logits.*write donate_logits=False"):
+        torch.autograd.grad(loss, head, create_graph=True)
+    torch.autograd.grad(loss, head, retain_graph=True)
+    with pytest.raises(RuntimeError, match="got a second backward through donated logits"):
+        torch.autograd.grad(loss, head)
+
+
+def test_logits_that_somebody_needs_are_not_donated():
+    leaf = torch.randn(4, 5, device=DEVICE, requires_grad=True)
+    labels = torch.zeros(4, dtype=torch.long, device=DEVICE)
+    for logits, what in ((leaf, "a leaf"), (leaf[:, 1:], "a view of a leaf"), (leaf.view(2, 2, 5)[0], "a view of a leaf")):
+        with pytest.raises(ValueError, match=f"got donate_logits=True for {what}; required: logits that an operation"):
+            cross_entropy(logits, labels[: len(logits)], donate_logits=True)
+    with pytest.raises(ValueError, match="whose rows share memory"):
+        cross_entropy((leaf[:1] * 1).expand(4, -1), labels, donate_logits=True)
+    with pytest.raises(RuntimeError, match=r"under torch.compile, torch.func.*write donate_logits=False"):
+        torch.func.grad(lambda x: cross_entropy(x * 1, labels, donate_logits=True))(leaf.detach())
+
+
+def test_donation_without_a_gradient_writes_nothing():
+    logits, labels = torch.randn(4, 5, device=DEVICE), torch.zeros(4, dtype=torch.long, device=DEVICE)
+    before = logits.clone()
+    cross_entropy(logits, labels, donate_logits=True)
+    with torch.no_grad():
+        cross_entropy(logits.requires_grad_(), labels, donate_logits=True)
+    assert torch.equal(logits, before)
+
+
+@each_implementation
+@each_reduction
+def test_donation_under_checkpoint_and_saved_tensor_hooks(implementation, reduction):
+    hidden, head, labels = make_problem()
+    expected = torch.autograd.grad(cross_entropy(hidden @ head.T, labels, reduction=reduction).sum(), head)[0]
+
+    def loss(head):
+        return donated(hidden @ head.T, labels, implementation, reduction=reduction).sum()
+
+    recomputed = checkpoint(loss, head, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(recomputed, head)[0], expected)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.cpu().clone(), lambda x: x.to(DEVICE)):
+        hooked = loss(head)
+    torch.testing.assert_close(torch.autograd.grad(hooked, head)[0], expected)
+
+
+def test_donation_by_the_module():
+    hidden, head, labels = make_problem()
+    criterion = CrossEntropyLoss(donate_logits=True)
+    assert repr(criterion) == "CrossEntropyLoss(donate_logits=True)"
+    logits = hidden @ head.T
+    criterion(logits, labels).backward()
+    assert not torch.equal(logits, hidden @ head.T)
+
+
+@each_implementation
+def test_soft_targets_and_weights_beside_donation(implementation):
+    hidden, head, _ = make_problem()
+    soft, weight = torch.rand(6, 30, device=DEVICE, requires_grad=True), torch.rand(30, device=DEVICE, requires_grad=True)
+    inputs = (head, soft, weight)
+    expected = torch.autograd.grad(cross_entropy(hidden @ head.T, soft, weight), inputs)
+    got = torch.autograd.grad(donated(hidden @ head.T, soft, implementation, weight=weight), inputs)
+    torch.testing.assert_close(got, expected)
+
+
+def test_modules_are_copied_and_pickled():
+    criterion = CrossEntropyLoss(torch.rand(5), label_smoothing=0.1)
+    logits, labels = torch.randn(4, 5), torch.tensor([0, 4, -100, 2])
+    for other in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+        torch.testing.assert_close(other(logits, labels), criterion(logits, labels))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "buffers"),
+    [("plain", 1.0), ("donated", 0.0), ("all_but_last", 1.0), ("donated_none", 0.0), ("classes_first", 1.0)],
+)
+def test_peak_memory(name, buffers):
+    """Beyond the logits, in units of the logits read: one gradient; none with donation; one copy for strided classes."""
+    base = torch.randn(4, 513, 32000, device="cuda", dtype=torch.bfloat16)
+    if name == "classes_first":
+        base = base.transpose(1, 2).contiguous().transpose(1, 2)
+    view = base[:, :-1] if name == "all_but_last" else base
+    view = view.detach().requires_grad_()
+    labels = torch.randint(0, 32000, view.shape[:-1], device="cuda")
+    options = {"dim": -1, "reduction": "none" if name.endswith("none") else "mean"}
+
+    def peak():
+        logits = view.view_as(view) if "donated" not in name else view * 1
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss = cross_entropy(logits, labels, donate_logits="donated" in name, **options).sum()
+        torch.autograd.grad(loss, logits)
+        return (torch.cuda.max_memory_allocated() - before) / (view.numel() * view.element_size())
+
+    peak()  # compiles
+    assert peak() < buffers + 0.02
+
+
+def test_rows_of_views_and_permuted_labels():
+    base = torch.randn(3, 4, 40, device=DEVICE)
+    labels = torch.randint(0, 40, (4, 3), device=DEVICE).T
+    rows = cross_entropy_rows(base.transpose(0, 1).contiguous().transpose(0, 1), labels, dim=-1, implementation="triton")
+    torch.testing.assert_close(rows.lse, base.logsumexp(-1))
+    assert torch.equal(rows.predicted, base.argmax(-1))

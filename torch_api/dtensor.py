@@ -1,0 +1,150 @@
+"""DTensor logits in any sharding, without gathering them: rows stay where they are, slices of a vocabulary merge."""
+
+from math import ceil
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from ce_kernels.checks import check_logits
+from ce_kernels.spec import fail
+from torch_api import distributed
+from torch_api.arguments import Choices, checked, checked_denominator, facts_of
+from torch_api.distributed import Shards
+from torch_api.reference import compute_dtype
+from torch_api.rows import Reducing, Stats
+
+
+class Rows:
+    """Statistics of the local rows of DTensor logits, and how rows are laid out over the mesh."""
+
+    def __init__(self, input: DTensor, target: Tensor, weight: Tensor | None, choices: Choices, with_argmax: bool):
+        self.mesh = mesh = input.device_mesh
+        axis = check_logits(facts_of("input", input), min(1, input.ndim - 1) if choices.dim is None else choices.dim)
+        placements = [_plain_placement(p, input.ndim) for p in input.placements]
+        shape = input.shape[:axis] + input.shape[axis + 1 :]
+        self.placements = [_without_axis(p, axis) for p in placements]
+        self.shape = shape
+        soft = target.shape == input.shape
+        shards = _shards(mesh, [i for i, p in enumerate(placements) if p.is_shard(axis)], input.shape[axis])
+        local_weight = None
+        if weight is not None:
+            split = [Shard(0) if p.is_shard(axis) else Replicate() for p in placements]
+            local_weight = _local(weight, mesh, split)
+        local_target = _local(target, mesh, placements if soft else self.placements)
+        local_logits = _local(input, mesh, placements)
+        # No label check: a process that raises alone leaves the others waiting.
+        local_choices = choices._replace(dim=axis)
+        self.inputs, spec = checked(local_logits, local_target, local_weight, local_choices, slices=0)
+        spec = distributed.local_spec(spec, shards)
+        out, self.label_weight = distributed.row_losses(self.inputs, spec, shards, with_argmax=with_argmax)
+        self.stats: Stats = out
+
+    def distributed(self, rows: Tensor) -> DTensor:
+        """Local row values as a DTensor of all rows."""
+        strides = torch.empty(self.shape, device="meta").stride()
+        return DTensor.from_local(rows, self.mesh, self.placements, run_check=False, shape=self.shape, stride=strides)
+
+    def total(self, rows: Tensor) -> Tensor:
+        """The sum over all rows of all processes, a plain 0-d tensor on each."""
+        partial = [Partial() if p.is_shard() else Replicate() for p in self.placements]
+        parts = DTensor.from_local(rows.sum(), self.mesh, partial, run_check=False)
+        return parts.redistribute(placements=[Replicate()] * self.mesh.ndim).to_local()
+
+    def replicated(self, value: Tensor) -> DTensor:
+        """A value that every process holds."""
+        return DTensor.from_local(value, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
+
+
+def cross_entropy(
+    input: DTensor,
+    target: Tensor,
+    weight: Tensor | None,
+    choices: Choices,
+    reducing: Reducing,
+) -> DTensor:
+    """`torch_api.cross_entropy` of DTensor logits: rows as they are sharded, or a replicated scalar."""
+    reduction, denominator = reducing.reduction, reducing.denominator
+    if reducing.donate:
+        what = "donate_logits=True with a DTensor"
+        fail(ValueError, what, "logits whose memory is one tensor's", "donate_logits=False, or process_group")
+    rows = Rows(input, target, weight, choices, with_argmax=False)
+    if reduction == "none":
+        return rows.distributed(rows.stats.loss)
+    total = rows.total(rows.stats.loss)
+    if reduction == "sum":
+        return rows.replicated(total)
+    if denominator is not None:
+        dtype = compute_dtype(rows.inputs.logits)
+        denominator = denominator.full_tensor() if isinstance(denominator, DTensor) else denominator
+        return rows.replicated(total / checked_denominator(denominator, dtype, total.device))
+    if rows.inputs.target.is_floating_point():
+        n_rows = rows.shape.numel()
+        return rows.replicated(total / n_rows)
+    return rows.replicated(total / rows.total(rows.label_weight))
+
+
+def cross_entropy_rows(
+    input: DTensor, target: Tensor, weight: Tensor | None, choices: Choices, _: None
+) -> tuple[DTensor, DTensor, DTensor]:
+    """loss, lse and argmax of `torch_api.cross_entropy_rows`, sharded as the rows of the logits."""
+    rows = Rows(input, target, weight, choices, with_argmax=True)
+    out = rows.stats
+    assert out.predicted is not None
+    return rows.distributed(out.loss), rows.distributed(out.lse), rows.distributed(out.predicted.long())
+
+
+def _plain_placement(placement: Placement, ndim: int) -> Placement:
+    if type(placement) is Shard:
+        return Shard(placement.dim % ndim)
+    if placement.is_partial():
+        return Replicate()
+    if placement.is_replicate():
+        return placement
+    fail(ValueError, f"logits placed as {placement}", "Shard, Replicate or Partial", "logits.redistribute(…)")
+
+
+def _without_axis(placement: Placement, axis: int) -> Placement:
+    """Where rows are: a sharded class axis replicates them."""
+    if not isinstance(placement, Shard):
+        return placement
+    if placement.dim == axis:
+        return Replicate()
+    return Shard(placement.dim - (placement.dim > axis))
+
+
+def _local(array: Tensor, mesh: DeviceMesh, placements: list[Placement]) -> Tensor:
+    """This process's part; a plain tensor is the whole, the same on every process."""
+    if not isinstance(array, DTensor):
+        array = DTensor.from_local(array, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    if tuple(array.placements) != tuple(placements):
+        array = array.redistribute(placements=placements)
+    return array.to_local()
+
+
+def _shards(mesh: DeviceMesh, dims: list[int], n_classes: int) -> Shards:
+    """The slices of n_classes classes sharded over mesh dimensions, outermost first, as DTensor cuts them."""
+    slices = [(0, n_classes)]
+    own, coordinate = 0, mesh.get_coordinate()
+    assert coordinate is not None
+    for dim in dims:
+        size = mesh.size(dim)
+        slices = [part for start, length in slices for part in _cut(start, length, size)]
+        own = own * size + coordinate[dim]
+    if not all(length for _, length in slices):
+        fail(
+            ValueError,
+            f"{n_classes} classes sharded over {len(slices)} processes, some of which hold none",
+            "a class on every process",
+            "logits.redistribute(…) over fewer",
+        )
+    groups = tuple(mesh.get_group(dim) for dim in dims)
+    return Shards(groups, tuple(start for start, _ in slices), own, n_classes, sizes_are_known=True)
+
+
+def _cut(start: int, length: int, pieces: int) -> list[tuple[int, int]]:
+    """(start, length) of torch.chunk's pieces, the last ones shorter or empty."""
+    chunk = ceil(length / pieces)
+    ends = [min(chunk * i, length) for i in range(pieces + 1)]
+    return [(start + a, b - a) for a, b in zip(ends[:-1], ends[1:], strict=True)]

@@ -1,0 +1,61 @@
+"""`patch()`: `torch.nn.functional.cross_entropy` becomes ours, for programs that cannot be edited."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from torch_api.losses import cross_entropy
+
+
+def functional_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """`torch_api.cross_entropy` with the signature of `torch.nn.functional.cross_entropy`, deprecated arguments included.
+
+    Example:
+        >>> import torch
+        >>> round(functional_cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3])).item(), 4)
+        1.3863
+    """
+    if size_average is not None or reduce is not None:
+        warnings.warn("size_average and reduce are deprecated in PyTorch; write reduction=…", stacklevel=2)
+        average = size_average is None or size_average
+        reduction = "none" if reduce is False else "mean" if average else "sum"
+    return cross_entropy(
+        input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+    )  # pyright: ignore[reportArgumentType]
+
+
+@contextmanager
+def patch() -> Iterator[None]:
+    """While it lasts, `torch.nn.functional.cross_entropy`, and with it `torch.nn.CrossEntropyLoss`, is this package's.
+
+    What was there before comes back at the end, also after an exception. It reaches callers that look the function up
+    in its module (`F.cross_entropy`, as PyTorch and transformers do), in every thread; a name that was imported
+    earlier (`from torch.nn.functional import cross_entropy`) stays what it was.
+
+    Example:
+        >>> import torch
+        >>> import torch.nn.functional as F
+        >>> with patch():
+        ...     F.cross_entropy(torch.zeros(2, 4, dtype=torch.bfloat16), torch.tensor([0, 3])).dtype
+        torch.float32
+        >>> F.cross_entropy(torch.zeros(2, 4, dtype=torch.bfloat16), torch.tensor([0, 3])).dtype
+        torch.bfloat16
+    """
+    theirs = F.cross_entropy
+    F.cross_entropy = functional_cross_entropy
+    try:
+        yield
+    finally:
+        F.cross_entropy = theirs
