@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jax_api import reference, sharding
-from jax_api.launch import varying_axes
 from jax_api.reference import Upstream, is_soft
 from jax_api.static import Static, Stats
 
@@ -135,7 +134,7 @@ mean_loss.defvjp(_mean_loss_fwd, _mean_loss_bwd)
 def whole_cotangent(static: Static, cotangent: Array) -> Array:
     """The cotangent of a merged output: under shard_map(check_vma=False) each device brings its share of it."""
     names = static.axis_name
-    if names and not varying_axes(lax.axis_index(names)):
+    if names and not sharding.tracks_varying(names):
         return lax.psum(cotangent, names)
     return cotangent
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_api import launch, reference
 from jax_api.backend import interpreting
@@ -120,13 +120,7 @@ def _operation(body: Callable, static: Static) -> Callable:
 
     Jitted and kept, so that a call outside of jit compiles once; inlined inside of it.
     """
-
-    def run(*arrays):
-        if static.axis_name:
-            return body(static, static.axis_name, *arrays)
-        return _on_any_mesh(body, static, *arrays)
-
-    return jax.jit(over_leading_axes(run), inline=True)
+    return jax.jit(over_leading_axes(partial(_on_any_mesh, body, static)), inline=True)
 
 
 def over_leading_axes(function: Callable) -> Callable:
@@ -139,7 +133,6 @@ def over_leading_axes(function: Callable) -> Callable:
         if weight is not None and in_batched[-1]:
             out = _one_by_one(mapped, axis_size, in_batched, arguments)
         else:
-
             rows = [
                 array if array is None or batched else jnp.broadcast_to(array, (axis_size, *array.shape))
                 for array, batched in zip(rows, in_batched, strict=False)
@@ -171,24 +164,33 @@ def _on_any_mesh(body: Callable, static: Static, *arrays: Array | None):
         # custom_partitioning does not work inside a shard_map over some axes of a mesh; plain operations do.
         static = replace(static, implementation="reference")
     if AxisType.Explicit in mesh.axis_types:
-        return _explicit(partial(body, static), mesh, *arrays)
+        return _explicit(partial(body, static), static.axis_name, mesh, *arrays)
     # Triton's interpreter is a host callback, which custom_partitioning cannot hold.
     callback = static.implementation == "triton" and interpreting()
     if callback or AxisType.Manual in large:
-        return body(static, (), *arrays)
-    return _partitioned(partial(body, static), *arrays)
+        return body(static, static.axis_name, *arrays)
+    return _partitioned(partial(body, static), mesh, *arrays)
 
 
 def mesh_of(array: Array | None) -> Any:
-    """The mesh of the array's type: empty outside of shard_map, explicit sharding and `jax.set_mesh`."""
-    return jax.typeof(array).sharding.mesh
+    """The abstract mesh around the call, else that of the array's type; empty in programs that jit alone shards."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.typeof(array).sharding.mesh if mesh.empty else mesh
+
+
+def tracks_varying(names: Names) -> bool:
+    """Whether the shard_map over these mesh axes keeps track of what varies over them: check_vma=True."""
+    return bool(launch.varying_axes(lax.axis_index(names)))
 
 
 # Explicit axes.
 
 
-def _explicit(body: Callable, mesh: Any, *arrays: Array | None):
+def _explicit(body: Callable, names: Names, mesh: Any, *arrays: Array | None):
     spec = joint_spec(arrays[0], arrays[1])
+    used = {name for entry in spec for name in names_of(entry)}
+    if not used:
+        return body(names, *arrays)
     rank = len(spec)
     specs = tuple(None if array is None else _spec(spec, array.ndim, rank) for array in arrays[:-1])
     specs += (None if arrays[-1] is None else PartitionSpec(spec[-1]),)
@@ -197,14 +199,16 @@ def _explicit(body: Callable, mesh: Any, *arrays: Array | None):
         for array, spec in zip(arrays, specs, strict=True)
     )
     shapes = jax.eval_shape(
-        partial(body, ()), *jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), arrays)
+        partial(body, names), *jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), arrays)
     )
+    manual = mesh.manual_axes
     return jax.shard_map(
-        partial(body, names_of(spec[-1])),
+        partial(body, names + names_of(spec[-1])),
         mesh=mesh,
         in_specs=specs,
         out_specs=jax.tree.map(lambda shape: _spec(spec, len(shape.shape), rank), shapes),
-        axis_names={name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Auto},
+        axis_names=used,
+        check_vma=not manual or tracks_varying(manual),
     )(*arrays)
 
 
@@ -237,12 +241,17 @@ def _spec(spec: tuple, rank: int, logits_rank: int) -> PartitionSpec:
 # Auto axes.
 
 
-def _partitioned(body: Callable, *arrays: Array | None):
-    rank = arrays[0].ndim
+def _partitioned(body: Callable, mesh: Any, *arrays: Array | None):
+    logits, target, *rest = arrays
+    rank = logits.ndim
     weighted = arrays[-1] is not None
+    if not mesh.empty:
+        # Constrains nothing, and tells the partitioner what the mesh of `jax.set_mesh` is.
+        free = PartitionSpec(*[PartitionSpec.UNCONSTRAINED] * target.ndim)
+        target = lax.with_sharding_constraint(target, NamedSharding(mesh, free))
 
     def partition(mesh, operands, results):
-        spec = _divisible(mesh, operands[0])
+        mesh, spec = _divisible(mesh, operands[0])
 
         def sharding(shape):
             return NamedSharding(mesh, _spec(spec, len(shape.shape), rank))
@@ -262,15 +271,19 @@ def _partitioned(body: Callable, *arrays: Array | None):
 
     operation = custom_partitioning(partial(body, ()))
     operation.def_partition(partition, sharding_rule=rule)
-    return operation(*arrays)
+    return operation(logits, target, *rest)
 
 
-def _divisible(mesh: Any, logits: Any) -> tuple:
-    """The logits' spec without the mesh axes that do not divide their dimension: padding would count as classes."""
+def _divisible(mesh: Any, logits: Any) -> tuple[Any, tuple]:
+    """The mesh, and the logits' spec without the axes that do not divide their dimension: padding is no class."""
+    rank = len(logits.shape)
+    if mesh.empty:
+        # Sharded without any mesh, as by pmap: gathered, which is right and slow.
+        return Mesh(list(logits.sharding.device_set), ("device",)), (None,) * rank
     spec = tuple(logits.sharding.spec)
-    spec += (None,) * (len(logits.shape) - len(spec))
+    spec += (None,) * (rank - len(spec))
     sizes = [math.prod(mesh.shape[name] for name in names_of(entry)) for entry in spec]
-    return tuple(
+    return mesh, tuple(
         entry if length % size == 0 else None for entry, length, size in zip(spec, logits.shape, sizes, strict=True)
     )
 
@@ -296,7 +309,9 @@ def aligned(
         if weight is not None:
             weight = jax.sharding.reshard(weight, NamedSharding(mesh, PartitionSpec(spec[-1])))
     arrays = [array for array in (logits, target, weight, *others) if array is not None]
-    varying = launch.varying_axes(*arrays) | (launch.varying_axes(lax.axis_index(names)) if names else frozenset())
+    varying = launch.varying_axes(*arrays)
+    if names and tracks_varying(names):
+        varying |= set(names)
     logits = launch.vary(logits, varying)
     if reference.is_soft(target):
         target = launch.vary(target, varying)
