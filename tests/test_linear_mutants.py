@@ -9,36 +9,36 @@ import pytest
 from jax_api import linear_chunks, linear_rules
 from tests.frontends import Jax, Torch
 from tests.test_linear import BY_NAME, check_reduction
-from torch_api import linear_ops
+from torch_api import linear_chunks as torch_chunks
 from torch_api import linear_rules as torch_rules
 
 # (front end, module, what stands in it, its text, the mutant's)
 MUTANTS = {
     "torch: only the last chunk's weight gradient": (
         Torch,
-        linear_ops,
-        "_Gradients",
+        torch_chunks,
+        "Gradients",
         "first=part.start == 0",
         "first=True",
     ),
     "torch: weight gradient of the first chunk's rows": (
         Torch,
-        linear_ops,
-        "_Gradients",
+        torch_chunks,
+        "Gradients",
         "self.cast.hidden[part]",
         "self.cast.hidden[: part.stop - part.start]",
     ),
     "torch: bias gradient of the last chunk": (
         Torch,
-        linear_ops,
-        "_Gradients",
+        torch_chunks,
+        "Gradients",
         "self.dbias += dlogits",
         "self.dbias = dlogits",
     ),
-    "torch: no bias in the logits": (Torch, linear_ops, "_logits", "if head.bias is None", "if True"),
+    "torch: no bias in the logits": (Torch, torch_chunks, "_logits", "if head.bias is None", "if True"),
     "torch: the rows left over are lost": (
         Torch,
-        linear_ops,
+        torch_chunks,
         "_logits",
         "range(0, n_rows, rows)",
         "range(0, max(n_rows - rows, 1), rows)",

@@ -1,5 +1,10 @@
 """What a PyTorch user does with linear_cross_entropy: freeze, checkpoint, autocast, compile, differentiate again."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from tests import sharded_linear
 from tests.conftest import HAS_GPU
 from torch_api import (
     LinearCrossEntropyLoss,
@@ -18,6 +24,7 @@ from torch_api import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
+ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if HAS_GPU else "cpu"
 OPTIONS = {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 20.0}
 
@@ -42,7 +49,7 @@ class Operations(TorchDispatchMode):
         name = func._overloadpacket.__name__
         if func.namespace == "ce_kernels_linear":
             with self:
-                return getattr(linear_ops, f"_{name}")(*args, **(kwargs or {}))
+                return getattr(linear_ops, f"_{name}")(*args)
         out = func(*args, **(kwargs or {}))
         self.matmuls += name in ("mm", "addmm", "addmm_")
         for x in out if isinstance(out, tuple) else (out,):
@@ -200,7 +207,7 @@ def test_compile_makes_one_graph(reduction):
 @pytest.mark.parametrize("name", ["stats", "fused", "grad"])
 def test_operators_pass_pytorch_s_own_checks(name):
     hidden, weight, labels, bias = problem(dtype=torch.float32)
-    static = (-100, 0.1, 1e-3, None, 1.0, "reference", 100, "float32", torch.float32)
+    static = (-100, 0.1, 1e-3, None, 1.0, "reference", None, None, 100, "float32", torch.float32, None)
     row, one = torch.zeros(7, device=DEVICE), torch.ones((), device=DEVICE)
     arguments = {
         "stats": (*static, True),
@@ -230,6 +237,34 @@ def test_module_in_a_model():
     assert rows.loss.shape == rows.lse.shape == rows.predicted.shape == (1, 7)
     expected = cross_entropy_rows(head(hidden), labels)
     assert (rows.predicted[0] == expected.predicted).all()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What two processes print that run every case of `tests.sharded_linear`."""
+    file = tmp_path_factory.mktemp("gloo") / "rendezvous"
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.sharded_linear", str(rank), "2", str(file)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        return "\n".join(process.communicate(timeout=240)[0] for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.mark.parametrize("case", [case.__name__ for case in sharded_linear.CASES])
+def test_sharded(two_processes, case):
+    assert f"passed {case}\n" in two_processes, two_processes[-4000:]
 
 
 MISTAKES = {

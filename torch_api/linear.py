@@ -1,19 +1,20 @@
 """Cross-entropy of a linear head without its logits. The formula stands in `ce_kernels.spec`."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from ce_kernels import Options
-from ce_kernels.checks import Facts, check_target, check_weight
-from ce_kernels.linear import MAX_LOGITS_BYTES, Accumulation, check_chunking, check_linear
-from ce_kernels.spec import Implementation, Reduction, check_reduction, fail
-from torch_api.arguments import divisor
-from torch_api.launch import choose_implementation
-from torch_api.linear_ops import Head, Static
+from ce_kernels.linear import MAX_LOGITS_BYTES, Accumulation
+from ce_kernels.spec import Implementation, Reduction, check_reduction
+from torch_api.linear_arguments import LinearChoices, checked_head, divided_by
+from torch_api.linear_chunks import Head
 from torch_api.linear_rules import LinearLoss, LinearRows
 from torch_api.losses import RowOutputs
-from torch_api.reference import compute_dtype
-from torch_api.rows import Inputs, RowSpec
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def linear_cross_entropy(
@@ -32,6 +33,7 @@ def linear_cross_entropy(
     denominator: float | Tensor | None = None,
     max_logits_bytes: int = MAX_LOGITS_BYTES,
     accumulation: Accumulation = "float32",
+    process_group: "ProcessGroup | None" = None,
     implementation: Implementation | None = None,
 ) -> Tensor:
     r"""`torch_api.cross_entropy(hidden @ weight.T + bias, labels, dim=-1)`, never holding more than a chunk of logits.
@@ -60,6 +62,8 @@ def linear_cross_entropy(
         accumulation: how the chunks of the gradients of weight are added up. "float32": in a float32 copy of it (which
             is the gradient itself where weight is float32). "parameter": in weight's dtype, with no copy; every chunk
             rounds the sum once, so bfloat16 gradients have about √((chunks + 1) / 2) times the error of one rounding.
+        process_group: weight, bias, class_weight and soft labels are this process's slice of the classes, the slices of
+            one size in the order of ranks; hidden and labels are whole on every process, and so is hidden's gradient.
         implementation: "triton", "reference" or None to choose by device.
 
     Returns:
@@ -67,6 +71,7 @@ def linear_cross_entropy(
 
     Raises:
         TypeError, ValueError, IndexError: as `torch_api.cross_entropy`.
+        RuntimeError: second derivatives with process_group.
 
     Example:
         >>> import torch
@@ -84,12 +89,11 @@ def linear_cross_entropy(
     """
     check_reduction(reduction, denominator)
     options = Options.checked(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    head, static = _head(
-        Head(hidden, weight, bias, labels, class_weight), options, max_logits_bytes, accumulation, implementation
-    )
+    choices = LinearChoices(max_logits_bytes, accumulation, process_group, implementation)
+    head, static = checked_head(Head(hidden, weight, bias, labels, class_weight), options, choices)
     if reduction == "none":
         return LinearRows.apply(*head, static, False)[0].view(hidden.shape[:-1])
-    by = _divided_by(head, static, 1.0 if reduction == "sum" else denominator)
+    by = divided_by(head, static, 1.0 if reduction == "sum" else denominator)
     trained = [x for x in head[:3] if x is not None and x.requires_grad]
     if (
         torch.is_grad_enabled()
@@ -116,6 +120,7 @@ def linear_cross_entropy_rows(
     logit_scale: float = 1.0,
     max_logits_bytes: int = MAX_LOGITS_BYTES,
     accumulation: Accumulation = "float32",
+    process_group: "ProcessGroup | None" = None,
     implementation: Implementation | None = None,
 ) -> RowOutputs:
     r"""Per-row loss, lse and argmax of `hidden @ weight.T + bias`, without the logits: log-probabilities, RL, accuracy.
@@ -138,71 +143,8 @@ def linear_cross_entropy_rows(
     Source: the contract in `ce_kernels.spec`.
     """
     options = Options.checked(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    head, static = _head(
-        Head(hidden, weight, bias, labels, class_weight), options, max_logits_bytes, accumulation, implementation
-    )
+    choices = LinearChoices(max_logits_bytes, accumulation, process_group, implementation)
+    head, static = checked_head(Head(hidden, weight, bias, labels, class_weight), options, choices)
     loss, lse, predicted = LinearRows.apply(*head, static, True)
     shape = hidden.shape[:-1]
     return RowOutputs(loss.view(shape), lse.view(shape), predicted.long().view(shape))
-
-
-def _head(
-    head: Head, options: Options, max_logits_bytes: int, accumulation: str, implementation: str | None
-) -> tuple[Head, Static]:
-    """The user's arrays, checked, as rows; and what is known without data."""
-    check_chunking(max_logits_bytes, accumulation)
-    hidden, weight, labels = _facts("hidden", head.hidden), _facts("weight", head.weight), _facts("labels", head.target)
-    n_classes = check_linear(hidden, weight, None if head.bias is None else _facts("bias", head.bias), 0)
-    logits = Facts("hidden @ weight.T", (*hidden.shape[:-1], n_classes), hidden.dtype)
-    soft = check_target(logits, labels, len(logits.shape) - 1, options)
-    if head.class_weight is not None:
-        check_weight(_facts("class_weight", head.class_weight), n_classes)
-        if head.class_weight.requires_grad and torch.is_grad_enabled():
-            passed = "class_weight that requires a gradient"
-            fail(ValueError, passed, "class weights that are not trained", "class_weight.detach()")
-    for name, x in zip(("hidden", "weight", "bias", "labels", "class_weight"), head, strict=True):
-        if x is not None and x.device != head.hidden.device:
-            fail(ValueError, f"{name} on {x.device} with hidden on {head.hidden.device}", "one device",
-                 f"{name}.to(hidden.device)")  # fmt: skip
-    target = head.target.reshape(-1, n_classes) if soft else head.target.reshape(-1)
-    if soft and target.stride(-1) != 1:
-        target = target.contiguous()
-    if not soft:
-        # Narrow and unsigned integers cannot hold a negative ignore_index.
-        target = target if target.dtype in (torch.int32, torch.int64) else target.long()
-        options = options.for_labels(_facts("labels", target).dtype)
-    rows = head._replace(
-        hidden=head.hidden.reshape(-1, head.hidden.shape[-1]),
-        target=target,
-        class_weight=None if head.class_weight is None else head.class_weight.contiguous(),
-    )
-    spec = RowSpec(options, choose_implementation(implementation, head.hidden.device))
-    return rows, Static(spec, int(max_logits_bytes), accumulation, _logits_dtype(head))
-
-
-def _logits_dtype(head: Head) -> torch.dtype:
-    """The dtype of `hidden @ weight.T + bias`: autocast's, or the one that all of them have."""
-    operands = [x for x in head[:3] if x is not None]
-    device = head.hidden.device.type
-    # Autocast leaves float64 alone.
-    if torch.is_autocast_enabled(device) and not any(x.dtype == torch.float64 for x in operands):
-        return torch.get_autocast_dtype(device)
-    for name, x in (("weight", head.weight), ("bias", head.bias)):
-        if x is not None and x.dtype != head.hidden.dtype:
-            passed = f"{_facts(name, x)} with {_facts('hidden', head.hidden)}"
-            fail(TypeError, passed, "one dtype, or autocast", f"{name}.to(hidden.dtype)")
-    return head.hidden.dtype
-
-
-def _divided_by(head: Head, static: Static, denominator: float | Tensor | None) -> Tensor:
-    """The 0-d divisor of `mean`, on the device, without reading it."""
-    # Of the logits only dtype and device are asked for.
-    nothing = head.hidden.new_empty(0, dtype=static.dtype)
-    by = divisor(Inputs(nothing, head.target, head.class_weight), static.spec, denominator)
-    return by if isinstance(by, Tensor) else torch.full((), by, dtype=compute_dtype(nothing), device=nothing.device)
-
-
-def _facts(name: str, value: Tensor) -> Facts:
-    if not isinstance(value, Tensor):
-        fail(TypeError, f"{name} of type {type(value).__name__}", "a torch.Tensor", f"torch.as_tensor({name})")
-    return Facts(name, tuple(value.shape), str(value.dtype).removeprefix("torch."))

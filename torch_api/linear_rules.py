@@ -1,4 +1,4 @@
-"""Derivatives of a linear head: autograd Functions over the chunk loops of `torch_api.linear_ops`.
+"""Derivatives of a linear head: autograd Functions over the operations of `torch_api.linear_ops`.
 
     LinearLoss        Σ loss / denominator with the gradients computed in the forward: three matmuls in all
     LinearRows        (loss, lse, predicted) of rows, for any upstream gradients: logits again in the backward
@@ -15,9 +15,12 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.functional import linear
 
+from ce_kernels.spec import fail
 from torch_api import launch
-from torch_api.linear_ops import Head, Static, linear_fused, linear_grad, linear_stats
+from torch_api.linear_chunks import Head, Static
+from torch_api.linear_ops import linear_fused, linear_grad, linear_stats
 from torch_api.losses import cross_entropy_rows
+from torch_api.rows import Upstream
 
 
 class LinearLoss(Function):
@@ -76,7 +79,7 @@ class LinearRows(Function):
             dloss = torch.zeros((), dtype=lse.dtype, device=lse.device).expand(len(lse))
         wanted = list(ctx.needs_input_grad[:4])
         if torch.compiler.is_compiling():
-            gradients = linear_grad(Head(*head), (lse, target_sum, dloss, dlse), ctx.static, wanted)
+            gradients = linear_grad(Head(*head), Upstream(lse, target_sum, dloss, dlse), ctx.static, wanted)
             gradients = [x if want else None for x, want in zip(gradients, wanted, strict=True)]
         else:
             gradients = LinearGradients.apply(*head, lse, target_sum, dloss, dlse, ctx.static, wanted)
@@ -102,7 +105,7 @@ class LinearGradients(Function):
         wanted: list[bool],
     ):
         head = Head(hidden, weight, bias, target, class_weight)
-        gradients = linear_grad(head, (lse, target_sum, dloss, dlse), static, wanted)
+        gradients = linear_grad(head, Upstream(lse, target_sum, dloss, dlse), static, wanted)
         ctx.save_for_backward(*head, dloss, dlse)
         ctx.static, ctx.wanted = static, wanted
         ctx.set_materialize_grads(False)
@@ -113,6 +116,9 @@ class LinearGradients(Function):
         *head, dloss, dlse = ctx.saved_tensors
         if all(dy is None for dy in cotangents):
             return (None,) * 11
+        if ctx.static.group is not None:
+            what = "a second derivative of a sharded vocabulary"
+            fail(RuntimeError, what, "first derivatives", "the loss of gathered logits")
         inputs = [*head[:4], dloss, dlse]
         needs = ctx.needs_input_grad
         wanted = [*needs[:4], needs[7], needs[8]]
