@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.functional import linear
 
-from tests.sharded import N, OPTIONS, V, close, make, same_everywhere
+from tests.sharded import OPTIONS, N, V, close, make, same_everywhere
 from torch_api import cross_entropy, cross_entropy_rows, linear_cross_entropy, linear_cross_entropy_rows
 
 D = 5

@@ -6,32 +6,47 @@ from pathlib import Path
 
 import pytest
 
+import ce_kernels.linear
+import jax_api.linear
 import jax_api.losses
 import jax_api.optax_losses
+import torch_api.linear
+import torch_api.linear_module
 import torch_api.losses
 import torch_api.module
 from benchmarks import report
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAGES = {"README.md": README} | {f"docs/{page.name}": page.read_text() for page in sorted(ROOT.glob("docs/*.md"))}
+BLOCKS = [(name, code) for name, text in PAGES.items() for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
 
 
 def test_readme_has_code():
     assert len(BLOCKS) >= 4
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=[block.split("\n")[0] for block in BLOCKS])
-def test_readme_code_runs(block):
-    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+@pytest.mark.parametrize(("page", "block"), BLOCKS, ids=[f"{page}: {code.split(chr(10))[0]}" for page, code in BLOCKS])
+def test_code_of_the_pages_runs(page, block):
+    exec(compile(block, page, "exec"), {"__name__": "page"})
 
 
-def test_readme_names_files_that_exist():
-    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / path).exists(), path
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_name_files_that_exist(page):
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", PAGES[page]):
+        assert ((ROOT / page).parent / path).exists(), path
 
 
-MODULES = [torch_api.losses, torch_api.module, jax_api.losses, jax_api.optax_losses]
+MODULES = [
+    torch_api.losses,
+    torch_api.module,
+    torch_api.linear,
+    torch_api.linear_module,
+    jax_api.losses,
+    jax_api.optax_losses,
+    jax_api.linear,
+    ce_kernels.linear,
+]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
