@@ -1,5 +1,6 @@
 """What this JAX can run: the implementation that a call gets, and jax-triton made usable."""
 
+import importlib
 import importlib.util
 import inspect
 import os
@@ -75,7 +76,7 @@ def jax_triton() -> ModuleType:
 
     if cache_dir is not None:
         os.environ["TRITON_CACHE_DIR"] = cache_dir
-    _mend_dead_code_rule(jax_triton.triton_lib)
+    _mend_dead_code_rule(importlib.import_module("jax_triton.triton_lib"))
     return jax_triton
 
 

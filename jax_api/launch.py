@@ -23,19 +23,19 @@ from jax_api.static import Part, Static, Stats
 PTX_VERSION = 88
 
 
-def stats(static: Static, logits: Array, target: Array, weight: Array | None, part: Part | None = None) -> Stats:
+def stats(static: Static, logits: Array, target: Array, weight: Array | None, part: Part) -> Stats:
     """Per-row statistics: one read of the logits."""
 
     def kernel(logits, target, weight, start):
         launch = plan_stats(_problem(logits, target, part), with_argmax=static.with_argmax)
         operands = {"logits_ptr": logits, "target_ptr": target, "weight_ptr": weight, "vocab_start_ptr": start}
         out = _run(launch, static.options, operands)
-        return Stats(*(out.get(name) for name in ("loss_ptr", "lse_ptr", "target_sum_ptr", "predicted_ptr")))
+        return Stats(out["loss_ptr"], out["lse_ptr"], out["target_sum_ptr"], out.get("predicted_ptr"))
 
     def plain(logits, target, weight, start):
-        return reference.stats(static, logits, target, weight, _moved(part, start))
+        return reference.stats(static, logits, target, weight, Part(start, part.total))
 
-    return _choose(static, kernel, plain, (logits, target, weight, part and part.start))
+    return _choose(static, kernel, plain, (logits, target, weight, part.start))
 
 
 def grad(
@@ -44,7 +44,7 @@ def grad(
     target: Array,
     weight: Array | None,
     upstream: reference.Upstream,
-    part: Part | None = None,
+    part: Part,
 ) -> tuple[Array, Array | None]:
     """dlogits, and dtarget of soft targets, for upstream gradients of loss and lse: one read, one write."""
 
@@ -62,32 +62,29 @@ def grad(
         return out["logits_ptr"], out.get("dtarget_ptr")
 
     def plain(logits, target, weight, start, upstream):
-        return reference.grad(static.options, logits, target, weight, upstream, _moved(part, start))
+        return reference.grad(static.options, logits, target, weight, upstream, Part(start, part.total))
 
-    return _choose(static, kernel, plain, (logits, target, weight, part and part.start, upstream))
+    return _choose(static, kernel, plain, (logits, target, weight, part.start, upstream))
 
 
 def fused(
     static: Static, logits: Array, target: Array, weight: Array | None, denominator: Array
 ) -> tuple[Stats, Array]:
-    """Statistics, and dlogits of Σ loss / denominator, given for every row: denominator [...]."""
+    """Statistics, and dlogits of Σ loss / denominator, given for every row of whole logits: denominator [...]."""
+    whole = Part(None, logits.shape[-1])
 
     def kernel(logits, target, weight, denominator):
-        launch = plan_fused(_problem(logits, target, None), denominator_stride=1, in_place=True)
+        launch = plan_fused(_problem(logits, target, whole), denominator_stride=1, in_place=True)
         operands = {"logits_ptr": logits, "target_ptr": target, "weight_ptr": weight, "denominator_ptr": denominator}
         out = _run(launch, static.options, operands)
         return Stats(out["loss_ptr"], out["lse_ptr"], out["target_sum_ptr"], None), out["logits_ptr"]
 
     def plain(logits, target, weight, denominator):
-        out = reference.stats(static, logits, target, weight)
+        out = reference.stats(static, logits, target, weight, whole)
         upstream = reference.Upstream(out.lse, out.target_sum, 1.0 / denominator, None)
-        return out, reference.grad(static.options, logits, target, weight, upstream)[0]
+        return out, reference.grad(static.options, logits, target, weight, upstream, whole)[0]
 
     return _choose(static, kernel, plain, (logits, target, weight, denominator))
-
-
-def _moved(part: Part | None, start: Array | None) -> Part | None:
-    return part and part._replace(start=start)
 
 
 def _choose(static: Static, kernel: Callable, plain: Callable, arrays: tuple) -> Any:
@@ -116,7 +113,7 @@ def vary(array: Array, axes: frozenset[str]) -> Array:
     return lax.pcast(array, tuple(sorted(missing)), to="varying") if missing else array
 
 
-def _problem(logits: Array, target: Array, part: Part | None) -> Problem:
+def _problem(logits: Array, target: Array, part: Part) -> Problem:
     *rows, n_classes = logits.shape
     return Problem(
         n_rows=math.prod(rows),
@@ -125,7 +122,7 @@ def _problem(logits: Array, target: Array, part: Part | None) -> Problem:
         soft_targets=reference.is_soft(target),
         logits_stride=n_classes,
         target_stride=n_classes if reference.is_soft(target) else 1,
-        total_classes=n_classes if part is None else part.total,
+        total_classes=part.total,
     )
 
 

@@ -1,8 +1,8 @@
 """The contract in plain jax.numpy: the implementation off the GPU, and the rule of second derivatives.
 
 `stats` and `grad` mirror the kernels: logits [..., V], target [...] or [..., V], weight [V], row vectors [...], the
-formula of `ce_kernels.spec`. Both are differentiable by JAX. Hard labels are soft targets t = onehot(label). Where the
-logits are the slice `part` of the vocabulary, the statistics are the slice's own, or with `names` those of all slices.
+formula of `ce_kernels.spec`. Both are differentiable by JAX. Hard labels are soft targets t = onehot(label). `part`
+says which slice of the vocabulary the logits are; statistics are the slice's own, or with `names` those of all slices.
 """
 
 from dataclasses import replace
@@ -40,7 +40,7 @@ def stats(
     logits: Array,
     target: Array,
     weight: Array | None,
-    part: Part | None = None,
+    part: Part,
     names: tuple[str, ...] = (),
 ) -> Stats:
     """loss, lse, s = Σq and (with_argmax) argmax per row; lse of ignored rows is 0 unless with_argmax."""
@@ -82,7 +82,7 @@ def grad(
     target: Array,
     weight: Array | None,
     upstream: Upstream,
-    part: Part | None = None,
+    part: Part,
     skip_zero: bool = True,
 ) -> tuple[Array, Array | None]:
     """dlogits = slope·(a·p − b·q), and of soft targets dtarget = b·(1−α)·w·(lse − x), each in its input's dtype.
@@ -124,7 +124,7 @@ def weight_grad(
     weight: Array,
     lse: Array,
     dloss: Array,
-    part: Part | None = None,
+    part: Part,
 ) -> Array:
     """dweight_k = Σ_rows dloss·((1−α)·t_k + α/V)·(lse − x_k), for rows that `without_dead_rows` has made safe."""
     x, _ = _transform(logits.astype(lse.dtype), options)
@@ -142,7 +142,7 @@ def without_dead_rows(
     target: Array,
     weight: Array | None,
     upstream: tuple[Array, Array | None],
-    part: Part | None = None,
+    part: Part,
 ) -> tuple[Array, Array]:
     """logits and target with 0 in rows without upstream gradient whose loss or lse is not finite: 0·NaN is NaN."""
     dloss, dlse = upstream
@@ -181,22 +181,19 @@ def _transform(r: Array, options: Options) -> tuple[Array, Array | None]:
     return jnp.where(masked, -jnp.inf, x), jnp.where(masked, 0.0, slope)
 
 
-def _targets(target: Array, x: Array, options: Options, part: Part | None) -> tuple[Array, Array, Array]:
+def _targets(target: Array, x: Array, options: Options, part: Part) -> tuple[Array, Array, Array]:
     """The target distribution t [..., V] and per row whether its label is ignored, and whether it is invalid."""
     ignored = ignored_rows(target, options)
     if is_soft(target):
         return target.astype(x.dtype), ignored, ignored
-    n_classes = x.shape[-1]
-    start, total = (None, n_classes) if part is None else part
-    column = target if start is None else target - start[0].astype(target.dtype)
-    invalid = ~((target >= 0) & (target < total)) & ~ignored
-    return jax.nn.one_hot(column, n_classes, dtype=x.dtype), ignored, invalid
+    column = target if part.start is None else target - part.start[0].astype(target.dtype)
+    invalid = ~((target >= 0) & (target < part.total)) & ~ignored
+    return jax.nn.one_hot(column, x.shape[-1], dtype=x.dtype), ignored, invalid
 
 
-def _mass(t: Array, weight: Array | None, options: Options, part: Part | None) -> Array:
+def _mass(t: Array, weight: Array | None, options: Options, part: Part) -> Array:
     """q = w·((1−α)·t + α/V)."""
     q = t
     if options.label_smoothing:
-        n_classes = t.shape[-1] if part is None else part.total
-        q = (1.0 - options.label_smoothing) * q + options.label_smoothing / n_classes
+        q = (1.0 - options.label_smoothing) * q + options.label_smoothing / part.total
     return q if weight is None else q * weight.astype(t.dtype)

@@ -16,6 +16,7 @@ from jax import Array, lax
 
 from jax_api import reference, sharding
 from jax_api.reference import Upstream, is_soft
+from jax_api.slices import part_of, tracks_varying
 from jax_api.static import Static, Stats
 
 
@@ -61,7 +62,7 @@ def _row_gradients_bwd(static, residuals, cotangents):
 
     def plain(logits, soft_target, weight, dloss, dlse):
         labels = soft_target if soft else target
-        part = sharding.part_of(logits, names)
+        part = part_of(logits, names)
         logits, labels = reference.without_dead_rows(static, logits, labels, weight, (dloss, dlse), part)
         # Ignored rows have an lse only where one was asked for.
         out = reference.stats(static, logits, labels, weight, part, names)
@@ -134,7 +135,7 @@ mean_loss.defvjp(_mean_loss_fwd, _mean_loss_bwd)
 def whole_cotangent(static: Static, cotangent: Array) -> Array:
     """The cotangent of a merged output: under shard_map(check_vma=False) each device brings its share of it."""
     names = static.axis_name
-    if names and not sharding.tracks_varying(names):
+    if names and not tracks_varying(names):
         return lax.psum(cotangent, names)
     return cotangent
 
@@ -143,7 +144,7 @@ def weight_gradient(static: Static, logits: Array, target: Array, weight: Array 
     """dweight by plain operations, which XLA removes where class weights are not differentiated."""
     if weight is None:
         return None
-    part = sharding.part_of(logits, static.axis_name)
+    part = part_of(logits, static.axis_name)
     safe, labels = reference.without_dead_rows(static, logits, target, weight, (dloss, None), part)
     lse = reference.stats(static, safe, labels, weight, part, static.axis_name).lse
     return reference.weight_grad(static.options, safe, labels, weight, lse, dloss, part)

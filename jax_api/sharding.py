@@ -1,12 +1,10 @@
 """Row operations on arrays that may be sharded over a mesh, by rows, by vocabulary or both.
 
-    over_leading_axes     vmap: the mapped axis becomes one more leading axis of the same launch
-    axis_name             inside `jax.shard_map`: the caller's arrays are local, slices merge over the named mesh axes
-    Explicit mesh axes    the arrays' types say how they are sharded: the same, inside a shard_map of our own
-    Auto mesh axes        XLA says it when it partitions the program: the same, inside a custom_partitioning
+    axis_name            inside `jax.shard_map` the arrays are local already
+    Explicit mesh axes   the arrays' types say how they are sharded: a shard_map makes them local
+    Auto mesh axes       XLA knows it when it partitions the program: custom_partitioning makes them local
 
-In each, every device runs the operation on its own part of the logits. Slices of the vocabulary exchange two numbers a
-row; nothing of the logits' size ever moves.
+In each, every device runs the operation of `jax_api.slices` on its own part; nothing of the logits' size ever moves.
 """
 
 import math
@@ -18,100 +16,34 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_api import launch, reference
+from jax_api import launch, reference, slices
 from jax_api.backend import interpreting
+from jax_api.batching import over_leading_axes
 from jax_api.reference import Upstream
-from jax_api.static import Part, Static, Stats
-
-type Names = tuple[str, ...]
+from jax_api.slices import Names, tracks_varying
+from jax_api.static import Static, Stats
 
 
 def stats(static: Static, logits: Array, target: Array, weight: Array | None) -> Stats:
     """Per-row statistics: one read of the logits."""
-    return _operation(_stats, static)(logits, target, weight)
+    return _operation(slices.stats, static)(logits, target, weight)
 
 
 def grad(
     static: Static, logits: Array, target: Array, weight: Array | None, upstream: Upstream
 ) -> tuple[Array, Array | None]:
     """dlogits, and dtarget of soft targets, for upstream gradients of loss and lse: one read, one write."""
-    return _operation(_grad, static)(logits, target, *upstream, weight)
+    return _operation(slices.grad, static)(logits, target, *upstream, weight)
 
 
 def fused(
     static: Static, logits: Array, target: Array, weight: Array | None, denominator: Array
 ) -> tuple[Stats, Array]:
     """Statistics, and dlogits of Σ loss / denominator, given for every row: denominator [...]."""
-    return _operation(_fused, static)(logits, target, denominator, weight)
-
-
-def part_of(logits: Array, names: Names) -> Part | None:
-    """Where this device's slice lies in the vocabulary, which is sharded over the named mesh axes."""
-    if not names:
-        return None
-    n_classes = logits.shape[-1]
-    return Part(n_classes * lax.axis_index(names).reshape(1), n_classes * lax.axis_size(names))
-
-
-# Bodies: on local arrays whose vocabulary is sharded over `names`.
-
-
-def _stats(static: Static, names: Names, logits: Array, target: Array, weight: Array | None) -> Stats:
-    if not names:
-        return launch.stats(static, logits, target, weight)
-    part = part_of(logits, names)
-    # The z-loss is a function of the merged lse.
-    slice_static = replace(static, options=replace(static.options, z_loss=0.0))
-    out = _merge(launch.stats(slice_static, logits, target, weight, part), names)
-    ignored = reference.ignored_rows(target, static.options)
-    if static.options.z_loss:
-        out = out._replace(loss=out.loss + jnp.where(ignored, 0.0, static.options.z_loss * out.lse**2))
-    if static.with_argmax:
-        return out._replace(predicted=_merge_predicted(static, logits, out.predicted, part, names))
-    return out._replace(lse=jnp.where(ignored, 0.0, out.lse))
-
-
-def _grad(static: Static, names: Names, logits: Array, target: Array, *upstream_and_weight: Array | None):
-    *upstream, weight = upstream_and_weight
-    return launch.grad(static, logits, target, weight, Upstream(*upstream), part_of(logits, names))  # pyright: ignore
-
-
-def _fused(static: Static, names: Names, logits: Array, target: Array, denominator: Array, weight: Array | None):
-    if not names:
-        return launch.fused(static, logits, target, weight, denominator)
-    # The gradient waits for the merged lse.
-    out = _stats(static, names, logits, target, weight)
-    dlogits, _ = _grad(static, names, logits, target, out.lse, out.target_sum, 1.0 / denominator, None, weight)
-    return out, dlogits
-
-
-def _merge(out: Stats, names: Names) -> Stats:
-    """The statistics of whole rows from those of slices: lse = log Σ exp(lse_j), loss = Σ loss_j + s_j·(lse − lse_j).
-
-    Against the largest lse_j, so that a confident row keeps its small loss.
-    """
-    loss, lse, s, predicted = out
-    top = lax.pmax(lse, names)
-    base = jnp.where(top == -jnp.inf, 0.0, top)
-    loss = jnp.where(s == 0, loss, loss + s * (base - lse))
-    # Mass on a slice of only masked classes: infinitely wrong, and undefined where the whole row is masked.
-    loss = jnp.where((lse == -jnp.inf) & (s != 0), jnp.where(top == -jnp.inf, jnp.nan, s * jnp.inf), loss)
-    d, loss, s = lax.psum((jnp.exp(lse - base), loss, s), names)
-    log_d = jnp.log(d)
-    return Stats(loss + jnp.where(s == 0, 0.0, s * log_d), base + log_d, s, predicted)
-
-
-def _merge_predicted(static: Static, logits: Array, predicted: Array, part: Part, names: Names) -> Array:
-    """The lowest class among those with the largest logit; NaN counts as the largest."""
-    best = jnp.take_along_axis(logits, predicted[..., None], axis=-1)[..., 0].astype(reference.compute_dtype(logits))
-    key = reference.predicted_key(best, static.options)
-    key = jnp.where(jnp.isnan(key), jnp.inf, key)
-    column = predicted + part.start[0]
-    return lax.pmin(jnp.where(key == lax.pmax(key, names), column, part.total), names)
+    return _operation(slices.fused, static)(logits, target, denominator, weight)
 
 
 @lru_cache
@@ -123,41 +55,7 @@ def _operation(body: Callable, static: Static) -> Callable:
     return jax.jit(over_leading_axes(partial(_on_any_mesh, body, static)), inline=True)
 
 
-def over_leading_axes(function: Callable) -> Callable:
-    """A function of (*rows, weight) for vmap: one launch, unless the weights are mapped."""
-    mapped = custom_vmap(function)
-
-    @mapped.def_vmap
-    def fold(axis_size, in_batched, *arguments):
-        *rows, weight = arguments
-        if weight is not None and in_batched[-1]:
-            out = _one_by_one(mapped, axis_size, in_batched, arguments)
-        else:
-            rows = [
-                array if array is None or batched else jnp.broadcast_to(array, (axis_size, *array.shape))
-                for array, batched in zip(rows, in_batched, strict=False)
-            ]
-            out = mapped(*rows, weight)
-        return out, jax.tree.map(lambda _: True, out)
-
-    return mapped
-
-
-def _one_by_one(function: Callable, axis_size: int, in_batched, arguments):
-    # A launch has one vector of class weights.
-    def own(i):
-        return function(*(array[i] if batched else array for array, batched in zip(arguments, in_batched, strict=True)))
-
-    if axis_size:
-        return lax.map(own, jnp.arange(axis_size))
-    single = [
-        jax.ShapeDtypeStruct(array.shape[1:], array.dtype) if batched else array
-        for array, batched in zip(arguments, in_batched, strict=True)
-    ]
-    return jax.tree.map(lambda shape: jnp.zeros((0, *shape.shape), shape.dtype), jax.eval_shape(function, *single))
-
-
-def _on_any_mesh(body: Callable, static: Static, *arrays: Array | None):
+def _on_any_mesh(body: Callable, static: Static, *arrays):
     mesh = mesh_of(arrays[0])
     large = {kind for kind, size in zip(mesh.axis_types, mesh.axis_sizes, strict=True) if size > 1}
     if AxisType.Auto in large and (AxisType.Manual in large or AxisType.Explicit in mesh.axis_types):
@@ -172,32 +70,28 @@ def _on_any_mesh(body: Callable, static: Static, *arrays: Array | None):
     return _partitioned(partial(body, static), mesh, *arrays)
 
 
-def mesh_of(array: Array | None) -> Any:
+def mesh_of(array: Array) -> Any:
     """The abstract mesh around the call, else that of the array's type; empty in programs that jit alone shards."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.typeof(array).sharding.mesh if mesh.empty else mesh
 
 
-def tracks_varying(names: Names) -> bool:
-    """Whether the shard_map over these mesh axes keeps track of what varies over them: check_vma=True."""
-    return bool(launch.varying_axes(lax.axis_index(names)))
-
-
 # Explicit axes.
 
 
-def _explicit(body: Callable, names: Names, mesh: Any, *arrays: Array | None):
+def _explicit(body: Callable, names: Names, mesh: Any, *arrays):
     spec = joint_spec(arrays[0], arrays[1])
     used = {name for entry in spec for name in names_of(entry)}
     if not used:
         return body(names, *arrays)
     rank = len(spec)
-    specs = tuple(None if array is None else _spec(spec, array.ndim, rank) for array in arrays[:-1])
-    specs += (None if arrays[-1] is None else PartitionSpec(spec[-1]),)
-    arrays = tuple(
-        array if array is None else jax.sharding.reshard(array, NamedSharding(mesh, spec))
-        for array, spec in zip(arrays, specs, strict=True)
-    )
+    *rows, weight = arrays
+    specs = [None if array is None else _spec(spec, array.ndim, rank) for array in rows]
+    specs.append(None if weight is None else PartitionSpec(spec[-1]))
+    arrays = [
+        own if own is None or array is None else jax.sharding.reshard(array, NamedSharding(mesh, own))
+        for array, own in zip(arrays, specs, strict=True)
+    ]
     shapes = jax.eval_shape(
         partial(body, names), *jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), arrays)
     )
@@ -205,7 +99,7 @@ def _explicit(body: Callable, names: Names, mesh: Any, *arrays: Array | None):
     return jax.shard_map(
         partial(body, names + names_of(spec[-1])),
         mesh=mesh,
-        in_specs=specs,
+        in_specs=tuple(specs),
         out_specs=jax.tree.map(lambda shape: _spec(spec, len(shape.shape), rank), shapes),
         axis_names=used,
         check_vma=not manual or tracks_varying(manual),
@@ -213,7 +107,7 @@ def _explicit(body: Callable, names: Names, mesh: Any, *arrays: Array | None):
 
 
 def joint_spec(logits: Array, target: Array) -> tuple:
-    """How logits [..., V] and target are to be sharded together: as the logits are, and where those are not, as target."""
+    """How logits [..., V] and target are sharded together: as the logits are, and where those are not, as target is."""
     spec = list(_padded(logits))
     used = {name for entry in spec for name in names_of(entry)}
     for i, entry in enumerate(_padded(target)):
@@ -241,7 +135,7 @@ def _spec(spec: tuple, rank: int, logits_rank: int) -> PartitionSpec:
 # Auto axes.
 
 
-def _partitioned(body: Callable, mesh: Any, *arrays: Array | None):
+def _partitioned(body: Callable, mesh: Any, *arrays):
     logits, target, *rest = arrays
     rank = logits.ndim
     weighted = arrays[-1] is not None
@@ -320,8 +214,9 @@ def aligned(
 
 def label_weights(weight: Array, target: Array, names: Names) -> Array:
     """The class weight of every row's label, 0 for labels that are no class."""
-    part = part_of(weight, names)
-    column = target if part is None else target - part.start[0].astype(target.dtype)
+    column = target
+    if names:
+        column = target - (len(weight) * lax.axis_index(names)).astype(target.dtype)
     inside = (column >= 0) & (column < len(weight))
     safe = jnp.where(inside, column, 0)
     if AxisType.Explicit in mesh_of(target).axis_types:

@@ -1,4 +1,4 @@
-"""What travels together through the layers of this front end: the static problem, a slice of the vocabulary, statistics."""
+"""What travels together through the layers: the static problem, a slice of the vocabulary, statistics."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,7 +19,7 @@ class Static:
 
 
 class Part(NamedTuple):
-    """Where local logits lie in the vocabulary: their first class (integers [1]; None: 0) and the number of classes."""
+    """Which part of the vocabulary local logits are: their first class (integers [1]; None: 0), and V of the whole."""
 
     start: Array | None
     total: int

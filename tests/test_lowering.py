@@ -58,6 +58,27 @@ def test_ptx_is_one_that_xla_and_every_supported_gpu_accept(lowered):
         assert call["target"] == "sm_80"
 
 
+@pytest.mark.parametrize("form", ["axis_name", "explicit"])
+def test_every_device_runs_the_kernels_on_its_own_slice(lowered, form):
+    stats, grad = lowered[form]
+    assert [stats["kernel"], grad["kernel"]] == ["cross_entropy_stats_kernel", "cross_entropy_grad_kernel"]
+    for call in (stats, grad):
+        assert call["logits"] == "tensor<32x12576xbf16>"
+        assert call["wide_loads"] >= 1
+    assert grad["aliases"] == [["", "0"]]
+
+
+def test_rows_alone_sharded_are_the_fused_kernel(lowered):
+    (call,) = lowered["explicit_rows"]
+    assert call["kernel"] == "cross_entropy_fused_kernel"
+    assert call["logits"] == "tensor<8x50304xbf16>"
+
+
+def test_export(lowered):
+    """jax.export with the custom call declared: through bytes and back."""
+    assert lowered["exported"] == {"platforms": ["cuda"], "calls": 1, "out": ["float32[]", "bfloat16[64,50304]"]}
+
+
 def test_cpu_programs_hold_no_kernel(lowered):
     assert lowered["cpu"] is False
 

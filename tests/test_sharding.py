@@ -1,4 +1,4 @@
-"""Sharded logits in JAX, on eight simulated devices: right, in place where they are, and nothing of their size moves."""
+"""Sharded logits in JAX on eight simulated devices: right, sharded as they came, and nothing of their size moves."""
 
 import re
 
@@ -94,7 +94,7 @@ def collectives(compiled) -> list[tuple[str, int]]:
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("loss", [mean, none])
 def test_any_sharding(batch, kind, spec, loss):
-    """Loss and gradient are those of unsharded logits, keep their sharding, and no collective is of the logits' size."""
+    """Loss and gradient are those of unsharded logits and keep their sharding; no collective is of the logits' size."""
     x, y, _, _ = batch
     mesh = make_mesh(kind)
     args = put(mesh, x, *spec), put(mesh, y, *spec[:2])
@@ -260,7 +260,7 @@ def test_axis_name_divides_by_the_weights_of_all_slices(batch, implementation):
 
 
 def test_axis_name_under_transforms(batch):
-    x, y, _, w = batch
+    x, y, _, _ = batch
 
     def total(x, y, **more):
         return cross_entropy(x, y, reduction="sum", **ALL, **more)
@@ -290,7 +290,7 @@ def test_axis_name_under_transforms(batch):
 
 
 @pytest.mark.parametrize("kind", list(AxisType)[:2], ids=lambda kind: kind.name)
-@pytest.mark.parametrize("manual", [{"data"}, {"model"}, {"data", "model"}], ids=str)
+@pytest.mark.parametrize("manual", [("data",), ("model",), ("data", "model")], ids=str)
 def test_shard_map_over_some_axes_of_the_mesh(batch, kind, manual):
     x, y, _, _ = batch
     mesh = make_mesh(kind)
@@ -302,7 +302,7 @@ def test_shard_map_over_some_axes_of_the_mesh(batch, kind, manual):
             return lax.psum(loss, "data") if data else loss
 
         sharded = jax.shard_map(
-            local, mesh=mesh, in_specs=(P(data, None, model), P(data)), out_specs=P(), axis_names=manual,
+            local, mesh=mesh, in_specs=(P(data, None, model), P(data)), out_specs=P(), axis_names=set(manual),
             check_vma=check_vma,
         )  # fmt: skip
         args = put(mesh, x, "data", "time", "model"), put(mesh, y, "data", "time")
@@ -378,9 +378,9 @@ def test_mistakes_in_axis_name(batch):
         mean(x, y, axis_name=3)
     with pytest.raises(ValueError, match="got axis_name='mapped' where the manual mesh axes are"):
         jax.vmap(lambda x: mean(x, y, axis_name="mapped"), 2, axis_name="mapped")(x.reshape(BATCH, TIME, 2, -1))
-    with pytest.raises(ValueError, match=r"got axis_name='modle' where the manual mesh axes are \['data'"):
-        in_shard_map(mean, P("data", None, "model"), True)  # right
-        jax.shard_map(lambda x, y: mean(x, y, axis_name="modle"), mesh=AUTO, in_specs=P("data"), out_specs=P())(x, y)
+    misspelt = jax.shard_map(lambda x, y: mean(x, y, axis_name="m"), mesh=AUTO, in_specs=P("data"), out_specs=P())
+    with pytest.raises(ValueError, match=r"got axis_name='m' where the manual mesh axes are \['data', 'time', 'model'"):
+        misspelt(x, y)
 
 
 @st.composite
