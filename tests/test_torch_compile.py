@@ -146,7 +146,10 @@ def test_operators_are_what_they_say(dtype):
 
 
 def test_meta_and_fake_tensors():
-    logits, labels = torch.empty(3, 7, device="meta", requires_grad=True), torch.empty(3, dtype=torch.long, device="meta")
+    logits, labels = (
+        torch.empty(3, 7, device="meta", requires_grad=True),
+        torch.empty(3, dtype=torch.long, device="meta"),
+    )
     loss = cross_entropy(logits, labels)
     assert loss.device.type == "meta"
     assert torch.autograd.grad(loss, logits)[0].shape == (3, 7)

@@ -116,7 +116,9 @@ def test_vmap_is_one_launch(batch, monkeypatch):
 
 @each_implementation
 @each_reduction
-@pytest.mark.parametrize("transform", [jacrev, jacfwd, hessian, lambda f: jacrev(jacrev(f)), lambda f: jacfwd(jacfwd(f))])
+@pytest.mark.parametrize(
+    "transform", [jacrev, jacfwd, hessian, lambda f: jacrev(jacrev(f)), lambda f: jacfwd(jacfwd(f))]
+)
 def test_jacobians_and_hessians(batch, implementation, reduction, transform):
     x, y, _, w = batch
     run = lambda f: transform(f)(x[1, 1:3, :9], y[1, 1:3].clamp(max=8), w[0, :9])  # noqa: E731

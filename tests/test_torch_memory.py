@@ -150,7 +150,11 @@ def test_second_backward_and_create_graph_of_donated_logits_raise(implementation
 def test_logits_that_somebody_needs_are_not_donated():
     leaf = torch.randn(4, 5, device=DEVICE, requires_grad=True)
     labels = torch.zeros(4, dtype=torch.long, device=DEVICE)
-    for logits, what in ((leaf, "a leaf"), (leaf[:, 1:], "a view of a leaf"), (leaf.view(2, 2, 5)[0], "a view of a leaf")):
+    for logits, what in (
+        (leaf, "a leaf"),
+        (leaf[:, 1:], "a view of a leaf"),
+        (leaf.view(2, 2, 5)[0], "a view of a leaf"),
+    ):
         with pytest.raises(ValueError, match=f"got donate_logits=True for {what}; required: logits that an operation"):
             cross_entropy(logits, labels[: len(logits)], donate_logits=True)
     with pytest.raises(ValueError, match="whose rows share memory"):
@@ -196,7 +200,10 @@ def test_donation_by_the_module():
 @each_implementation
 def test_soft_targets_and_weights_beside_donation(implementation):
     hidden, head, _ = make_problem()
-    soft, weight = torch.rand(6, 30, device=DEVICE, requires_grad=True), torch.rand(30, device=DEVICE, requires_grad=True)
+    soft, weight = (
+        torch.rand(6, 30, device=DEVICE, requires_grad=True),
+        torch.rand(30, device=DEVICE, requires_grad=True),
+    )
     inputs = (head, soft, weight)
     expected = torch.autograd.grad(cross_entropy(hidden @ head.T, soft, weight), inputs)
     got = torch.autograd.grad(donated(hidden @ head.T, soft, implementation, weight=weight), inputs)
@@ -241,6 +248,8 @@ def test_peak_memory(name, buffers):
 def test_rows_of_views_and_permuted_labels():
     base = torch.randn(3, 4, 40, device=DEVICE)
     labels = torch.randint(0, 40, (4, 3), device=DEVICE).T
-    rows = cross_entropy_rows(base.transpose(0, 1).contiguous().transpose(0, 1), labels, dim=-1, implementation="triton")
+    rows = cross_entropy_rows(
+        base.transpose(0, 1).contiguous().transpose(0, 1), labels, dim=-1, implementation="triton"
+    )
     torch.testing.assert_close(rows.lse, base.logsumexp(-1))
     assert torch.equal(rows.predicted, base.argmax(-1))

@@ -8,8 +8,16 @@ import torch
 from torch import Tensor
 
 from ce_kernels import Options
-from ce_kernels.checks import Facts, check_denominator, check_logits, check_target, check_weight, denominator_error
-from ce_kernels.checks import is_number, label_error
+from ce_kernels.checks import (
+    Facts,
+    check_denominator,
+    check_logits,
+    check_target,
+    check_weight,
+    denominator_error,
+    is_number,
+    label_error,
+)
 from ce_kernels.spec import fail
 from torch_api import tracing
 from torch_api.launch import choose_implementation

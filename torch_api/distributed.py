@@ -51,9 +51,7 @@ def local_spec(spec: RowSpec, shards: Shards) -> RowSpec:
     return replace(spec, vocab_start=shards.start, total_classes=shards.total_classes)
 
 
-def cross_entropy(
-    input: Tensor, target: Tensor, weight: Tensor | None, choices: Choices, reducing: Reducing
-) -> Tensor:
+def cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, choices: Choices, reducing: Reducing) -> Tensor:
     """`torch_api.cross_entropy` of this process's slice of the classes."""
     group = reducing.process_group
     assert group is not None
@@ -165,9 +163,7 @@ def _gathered(inputs: Inputs, own: Stats, shards: Shards) -> Tensor:
     return packed
 
 
-def _merge(
-    gathered: Tensor, inputs: Inputs, spec: RowSpec, shards: Shards, with_argmax: bool
-) -> tuple[Stats, Tensor]:
+def _merge(gathered: Tensor, inputs: Inputs, spec: RowSpec, shards: Shards, with_argmax: bool) -> tuple[Stats, Tensor]:
     loss, lse, s, *rest = gathered.unbind(1)
     ignored = is_ignored(inputs, spec.options)
     whole = lse.logsumexp(0)
@@ -211,5 +207,3 @@ def _checked_sizes(loss: Tensor, sizes: Tensor, inputs: Inputs) -> Tensor:
             "a padded vocabulary, or a DTensor, whose sizes are known",
         )
     return torch.where(equal, loss, torch.nan)
-
-

@@ -129,7 +129,9 @@ def scale_(values: Tensor, scale: Tensor, implementation: str) -> None:
 
 def _plain_stats(inputs: Inputs, spec: RowSpec, with_argmax: bool) -> Stats:
     out = reference.stats(flat(inputs), spec, with_argmax)
-    return Stats(*(None if x is None else x.reshape(inputs.logits.shape[:-1]) for x in out))
+    shape = inputs.logits.shape[:-1]
+    # No views: autograd forbids writing to views that a Function returns, and users mask losses in place.
+    return Stats(*(x if x is None or x.shape == shape else x.reshape(shape).clone() for x in out))
 
 
 def _plain_grad(

@@ -156,7 +156,7 @@ def cross_entropy_rows(
     Source: the contract in `ce_kernels.spec`.
     """
     if has_torch_function_variadic(input, target, weight):
-        return _overridden(cross_entropy_rows, locals())
+        return RowOutputs(*_overridden(_rows_as_tuple, locals()))
     choices = Choices(ignore_index, label_smoothing, z_loss, softcap, logit_scale, dim, implementation)
     if process_group is not None or tracing.is_dtensor(input):
         front = _sharded(input, process_group)
@@ -165,6 +165,11 @@ def cross_entropy_rows(
     out = row_losses(inputs, spec, with_argmax=True)
     assert out.predicted is not None
     return RowOutputs(out.loss, out.lse, out.predicted.long())
+
+
+def _rows_as_tuple(*tensors: Tensor, **options) -> tuple[Tensor, ...]:
+    # `__torch_function__` rebuilds what a function returns, and cannot rebuild a NamedTuple.
+    return tuple(cross_entropy_rows(*tensors, **options))
 
 
 def _sharded(input: Tensor, process_group: "ProcessGroup | None"):

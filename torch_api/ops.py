@@ -68,9 +68,7 @@ def _row_statistics(logits, target, weight, with_argmax, *scalars):
 
 def _row_gradients(logits, target, weight, lse, target_sum, dloss, dlse, with_dtarget, *scalars):
     upstream = Upstream(lse, target_sum, dloss, dlse)
-    dlogits, dtarget = launch.grad(
-        Inputs(logits, target, weight), upstream, _spec(*scalars), with_dtarget=with_dtarget
-    )
+    dlogits, dtarget = launch.grad(Inputs(logits, target, weight), upstream, _spec(*scalars), with_dtarget=with_dtarget)
     return dlogits.contiguous(), _nothing(logits, target.dtype) if dtarget is None else dtarget.contiguous()
 
 

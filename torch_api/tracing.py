@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-
 # Of `is_grads_batched=True`, which vmaps a backward without torch.func.
 _BATCHED = torch._C._parse_dispatch_key("Batched")
 

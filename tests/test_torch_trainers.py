@@ -1,0 +1,117 @@
+"""Mixed precision, accumulation, patching, and the loss inside Hugging Face's Trainer and Lightning."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.conftest import HAS_GPU
+from torch_api import causal_lm_loss, cross_entropy, patch
+
+ROOT = Path(__file__).parent.parent
+DEVICE = "cuda" if HAS_GPU else "cpu"
+
+
+@pytest.mark.parametrize("example", ["huggingface", "lightning"])
+def test_trainers_train_alike_with_either_loss(example):
+    pytest.importorskip({"huggingface": "accelerate", "lightning": "lightning"}[example])
+    program = f"from examples.train_{example} import train; print(*train('ours', 3), *train('reference', 3))"
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    curves = np.array(result.stdout.splitlines()[-1].split(), dtype=float).reshape(2, -1)
+    assert len(curves[0]) == 3
+    assert curves[0][0] == pytest.approx(np.log(8192), rel=0.01)
+    assert curves[0][-1] < curves[0][0]
+    # Trainer logs four decimals in some versions.
+    np.testing.assert_allclose(*curves, atol=2e-4)
+
+
+def test_causal_lm_loss_is_the_shifted_mean():
+    logits = torch.randn(2, 5, 16, device=DEVICE, requires_grad=True)
+    labels = torch.randint(0, 16, (2, 5), device=DEVICE)
+    labels[0, 3:] = -100
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    loss = causal_lm_loss(logits, labels)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], torch.autograd.grad(expected, logits)[0])
+    tokens = (labels[:, 1:] != -100).sum()
+    torch.testing.assert_close(causal_lm_loss({"logits": logits}, labels, tokens), expected)
+    with pytest.raises(TypeError, match=r"got labels=None; required: labels \[batch, time\]"):
+        causal_lm_loss(logits, None)
+
+
+def test_gradient_accumulation_is_exact_whatever_the_batches_hold():
+    torch.manual_seed(0)
+    model = nn.Linear(8, 30).to(DEVICE)
+    hidden, labels = torch.randn(4, 6, 8, device=DEVICE), torch.randint(0, 30, (4, 6), device=DEVICE)
+    labels[0, 1:] = -100
+    whole = cross_entropy(model(hidden), labels, dim=-1)
+    expected = torch.autograd.grad(whole, model.parameters())
+    tokens = (labels != -100).sum()
+    for part, part_labels in zip(hidden, labels, strict=True):
+        cross_entropy(model(part), part_labels, denominator=tokens).backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], list(expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    torch.manual_seed(0)
+    model = nn.Linear(8, 30).to(DEVICE)
+    hidden, labels = torch.randn(6, 8, device=DEVICE), torch.randint(0, 30, (6,), device=DEVICE)
+    with torch.autocast(DEVICE, dtype=dtype):
+        logits = model(hidden)
+        assert logits.dtype == dtype
+        loss = cross_entropy(logits, labels)
+        expected = F.cross_entropy(logits.float(), labels)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected)
+    ours, theirs = (torch.autograd.grad(x, model.weight, retain_graph=True)[0] for x in (loss, expected))
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-4)
+
+
+def test_grad_scaler():
+    torch.manual_seed(0)
+    model = nn.Linear(8, 1000).to(DEVICE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**16)
+    hidden, labels = torch.randn(6, 8, device=DEVICE), torch.randint(0, 1000, (6,), device=DEVICE)
+    with torch.autocast(DEVICE, dtype=torch.float16):
+        logits = model(hidden)
+        # Half of the mean's gradients would vanish below fp16's range without the scale.
+        loss = cross_entropy(logits, labels, denominator=4096.0)
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    expected = torch.autograd.grad(cross_entropy(model(hidden).float(), labels, denominator=4096.0), model.weight)[0]
+    assert torch.count_nonzero(model.weight.grad) == model.weight.grad.numel()
+    torch.testing.assert_close(model.weight.grad, expected, rtol=3e-2, atol=1e-6)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def test_patch_replaces_and_restores():
+    theirs = F.cross_entropy
+    logits, labels, weight = torch.randn(4, 5), torch.tensor([0, 4, -100, 2]), torch.rand(5)
+    expected = nn.CrossEntropyLoss(weight, label_smoothing=0.1)(logits, labels)
+    with patch():
+        assert F.cross_entropy is not theirs
+        torch.testing.assert_close(nn.CrossEntropyLoss(weight, label_smoothing=0.1)(logits, labels), expected)
+        assert F.cross_entropy(logits.bfloat16(), labels).dtype == torch.float32
+        with patch():
+            pass
+        assert F.cross_entropy is not theirs
+        with pytest.warns(UserWarning, match="size_average and reduce are deprecated"):
+            rows = F.cross_entropy(logits, labels, None, None, -100, False)
+        torch.testing.assert_close(rows, theirs(logits, labels, reduction="none"))
+        with pytest.warns(UserWarning, match="write reduction"):
+            total = F.cross_entropy(logits, labels, None, False)
+        torch.testing.assert_close(total, theirs(logits, labels, reduction="sum"))
+    assert F.cross_entropy is theirs
+    with pytest.raises(RuntimeError, match="stop"), patch():
+        raise RuntimeError("stop")
+    assert F.cross_entropy is theirs
