@@ -65,7 +65,9 @@ def _on_any_mesh(body: Callable, static: Static, *arrays):
         return _explicit(partial(body, static), static.axis_name, mesh, *arrays)
     # Triton's interpreter is a host callback, which custom_partitioning cannot hold.
     callback = static.implementation == "triton" and interpreting()
-    if callback or AxisType.Manual in large:
+    # A mesh of one device is Manual too inside of shard_map.
+    manual = AxisType.Manual in (large if AxisType.Auto in large else mesh.axis_types)
+    if callback or manual:
         return body(static, static.axis_name, *arrays)
     return _partitioned(partial(body, static), mesh, *arrays)
 
