@@ -45,7 +45,6 @@ class Gradients(NamedTuple):
     target: Array | None = None
 
 
-@jax.tree_util.register_static
 @dataclass(frozen=True)
 class Wanted:
     """Which gradients are wanted."""

@@ -38,16 +38,16 @@ def linear_rows(static: LinearStatic, head: Head) -> Stats:
 def _linear_rows_fwd(static, head):
     head, wanted = _values_and_wanted(head)
     out = linear_rows(static, head)
-    return out, (head, wanted, out.lse, out.target_sum)
+    return out, (head, _as_arrays(wanted), out.lse, out.target_sum)
 
 
 def _linear_rows_bwd(static, residuals, cotangents):
-    head, wanted, lse, target_sum = residuals
+    head, flags, lse, target_sum = residuals
     dloss, dlse = _materialised(cotangents.loss, lse), cotangents.lse
     dloss = whole_cotangent(static.rows, dloss)
     dlse = None if isinstance(dlse, SymbolicZero) else whole_cotangent(static.rows, dlse)
     upstream = Upstream(lse, target_sum, dloss, dlse)
-    return (_cotangents(row_gradients(static, wanted, head, upstream)),)
+    return (_cotangents(row_gradients(static, _as_wanted(flags), head, upstream)),)
 
 
 linear_rows.defvjp(_linear_rows_fwd, _linear_rows_bwd, symbolic_zeros=True)
@@ -121,21 +121,26 @@ def _linear_loss_fwd(static, head, denominator):
     denominator = denominator.value
     out, gradients = fused_gradients(static, wanted, head, denominator)
     loss = out.loss.sum() / denominator
-    # Gradients of soft targets are a loop of their own, in the backward.
-    again = (head, out.lse, out.target_sum) if wanted.target else None
-    return loss, (gradients._replace(target=None), again, denominator, loss)
+    saved = [jnp.zeros(0) if x is None else x for x in gradients[:3]]
+    return loss, (saved, _as_arrays(wanted), head, out.lse, out.target_sum, denominator, loss)
 
 
 def _linear_loss_bwd(static, residuals, g):
-    gradients, again, denominator, loss = residuals
+    saved, flags, head, lse, target_sum, denominator, loss = residuals
+    wanted = _as_wanted(flags)
     g = whole_cotangent(static.rows, _materialised(g, loss))
-    scaled = jax.tree.map(lambda x: (x.astype(jnp.promote_types(x.dtype, g.dtype)) * g).astype(x.dtype), gradients)
-    if again is not None:
-        head, lse, target_sum = again
+    kept = (wanted.hidden, wanted.weight, wanted.bias)
+    scaled = [
+        (x.astype(jnp.promote_types(x.dtype, g.dtype)) * g).astype(x.dtype) if keep else None
+        for x, keep in zip(saved, kept, strict=True)
+    ]
+    dtarget = None
+    if wanted.target:
+        # A loop of its own: soft targets that are trained are rare.
         upstream = Upstream(lse, target_sum, jnp.broadcast_to(g / denominator, lse.shape), None)
         only_target = Wanted(hidden=False, weight=False, bias=False, target=True)
-        scaled = scaled._replace(target=row_gradients(static, only_target, head, upstream).target)
-    return _cotangents(scaled), -g * loss / denominator
+        dtarget = row_gradients(static, only_target, head, upstream).target
+    return _cotangents(Gradients(*scaled, dtarget)), -g * loss / denominator
 
 
 linear_loss.defvjp(_linear_loss_fwd, _linear_loss_bwd, symbolic_zeros=True)
@@ -153,6 +158,16 @@ def _values_and_wanted(head: Head) -> tuple[Head, Wanted]:
         fail(ValueError, passed, "class weights that are not trained", "jax.lax.stop_gradient(class_weight)")
     wanted = Wanted(*(x is not None and x.perturbed for x in head[:4]))  # pyright: ignore
     return Head(*(None if x is None else x.value for x in head)), wanted  # pyright: ignore
+
+
+def _as_arrays(wanted: Wanted) -> tuple[Array, ...]:
+    """Flags as shapes. JAX takes residuals to have one structure, whatever is differentiated; shapes may differ."""
+    return tuple(jnp.zeros(int(want)) for want in (wanted.hidden, wanted.weight, wanted.bias, wanted.target))
+
+
+def _as_wanted(flags: tuple[Array, ...]) -> Wanted:
+    hidden, weight, bias, target = (bool(flag.size) for flag in flags)
+    return Wanted(hidden, weight, bias, target)
 
 
 def _materialised(cotangent: Array | SymbolicZero, like: Array) -> Array:

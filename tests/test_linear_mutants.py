@@ -73,7 +73,7 @@ MUTANTS = {
         "start = jnp.minimum(i * rows",
         "start = jnp.minimum(i * rows + 1",
     ),
-    "jax: the upstream scalar is lost": (Jax, linear_rules, "_linear_loss_bwd", ") * g).astype", ")).astype"),
+    "jax: the upstream scalar is lost": (Jax, linear_rules, "_linear_loss_bwd", ") * g).astype", ") * 1.0).astype"),
 }
 
 

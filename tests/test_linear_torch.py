@@ -1,10 +1,5 @@
 """What a PyTorch user does with linear_cross_entropy: freeze, checkpoint, autocast, compile, differentiate again."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +7,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from tests import sharded_linear
 from tests.conftest import HAS_GPU
 from torch_api import (
     LinearCrossEntropyLoss,
@@ -24,7 +18,6 @@ from torch_api import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
-ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if HAS_GPU else "cpu"
 OPTIONS = {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 20.0}
 
@@ -239,97 +232,44 @@ def test_module_in_a_model():
     assert (rows.predicted[0] == expected.predicted).all()
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """What two processes print that run every case of `tests.sharded_linear`."""
-    file = tmp_path_factory.mktemp("gloo") / "rendezvous"
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.sharded_linear", str(rank), "2", str(file)],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        return "\n".join(process.communicate(timeout=240)[0] for process in processes)
-    finally:
-        for process in processes:
-            process.kill()
-
-
-@pytest.mark.parametrize("case", [case.__name__ for case in sharded_linear.CASES])
-def test_sharded(two_processes, case):
-    assert f"passed {case}\n" in two_processes, two_processes[-4000:]
-
-
-MISTAKES = {
-    "another width": (
-        lambda h, w, y: linear_cross_entropy(h[:, 1:], w, y),
-        ValueError,
-        "got hidden float64[7, 4] with weight float64[12, 5]; required: hidden [..., D] and weight [V, D] with the "
-        "same D; write hidden whose last axis has 5 entries",
-    ),
-    "weight that is no matrix": (
-        lambda h, w, y: linear_cross_entropy(h, w[0], y),
-        ValueError,
-        "got weight float64[5]; required: a matrix [V, D]; write weight with two axes",
-    ),
-    "another dtype": (
-        lambda h, w, y: linear_cross_entropy(h, w.float(), y),
-        TypeError,
-        "got weight float32[12, 5] with hidden float64[7, 5]; required: one dtype, or autocast; "
-        "write weight.to(hidden.dtype)",
-    ),
-    "bias of another length": (
-        lambda h, w, y: linear_cross_entropy(h, w, y, w[:3, 0]),
-        ValueError,
-        "got bias float64[3]; required: one bias a class: shape [12]; write bias of that shape, or None",
-    ),
-    "labels of another length": (
-        lambda h, w, y: linear_cross_entropy(h, w, y[1:]),
-        ValueError,
-        "got labels int64[6] with hidden @ weight.T float64[7, 12]; required: labels of shape [7] (class indices) or "
-        "[7, 12] (probabilities); write labels with one entry a row, and the class axis where it is",
-    ),
-    "a budget below a row": (
-        lambda h, w, y: linear_cross_entropy(h, w, y, max_logits_bytes=95),
-        ValueError,
-        "got max_logits_bytes=95 for rows of 12 classes of 8 bytes; required: room for a row; "
-        "write max_logits_bytes=96 or more",
-    ),
-    "a budget that is no integer": (
-        lambda h, w, y: linear_cross_entropy(h, w, y, max_logits_bytes=1e9),
-        TypeError,
-        "got max_logits_bytes of type float; required: an integer; write max_logits_bytes=629145600",
-    ),
-    "an unknown accumulation": (
-        lambda h, w, y: linear_cross_entropy(h, w, y, accumulation="bfloat16"),
-        ValueError,
-        "got accumulation='bfloat16'; required: 'float32' or 'parameter'; write accumulation='float32'",
-    ),
-    "trained class weights": (
-        lambda h, w, y: linear_cross_entropy(h, w, y, class_weight=torch.ones_like(w[:, 0]).requires_grad_()),
-        ValueError,
-        "got class_weight that requires a gradient; required: class weights that are not trained; "
-        "write class_weight.detach()",
-    ),
-    "no tensor": (
-        lambda h, w, y: linear_cross_entropy(h.tolist(), w, y),
-        TypeError,
-        "got hidden of type list; required: a torch.Tensor; write torch.as_tensor(hidden)",
-    ),
+TRANSFORMS = {
+    "vmap": lambda f, *x: torch.func.vmap(f, (0, None, 0))(*x),
+    "grad": lambda f, *x: torch.func.grad(f, (0, 1))(*x),
+    "vmap of grad": lambda f, *x: torch.func.vmap(torch.func.grad(f, (0, 1)), (0, None, 0))(*x),
+    "grad of vmap": lambda f, h, w, y: torch.func.grad(lambda *x: torch.func.vmap(f, (0, None, 0))(*x, y).sum())(h, w),
+    "jvp": lambda f, h, w, y: torch.func.jvp(lambda h: f(h, w, y), (h,), (h,)),
+    "hessian": lambda f, h, w, y: torch.func.hessian(f)(h[0], w, y[0]),
 }
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_explained(name):
-    hidden, weight, labels, _ = problem()
-    function, error, message = MISTAKES[name]
-    with pytest.raises(error) as caught:
-        function(hidden.detach(), weight.detach(), labels)
-    assert str(caught.value) == message
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_torch_func(reduction, name):
+    hidden, weight, labels, bias = (x.detach() for x in problem())
+    batch = torch.stack((hidden, hidden.flip(0))), weight, torch.stack((labels, labels.flip(0)))
+
+    def loss(hidden, weight, labels):
+        return linear_cross_entropy(hidden, weight, labels, bias, reduction=reduction, max_logits_bytes=300).sum()
+
+    def whole(hidden, weight, labels):
+        return cross_entropy(F.linear(hidden, weight, bias), labels, dim=-1, reduction=reduction).sum()
+
+    torch.testing.assert_close(TRANSFORMS[name](loss, *batch), TRANSFORMS[name](whole, *batch))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_batched_gradients(reduction):
+    hidden, weight, labels, bias = problem()
+    loss = linear_cross_entropy(hidden, weight, labels, bias, reduction=reduction)
+    upstream = torch.randn(3, *loss.shape, dtype=loss.dtype, device=DEVICE)
+    batched = torch.autograd.grad(loss, (hidden, weight), upstream, is_grads_batched=True, retain_graph=True)
+    for i in range(3):
+        one = torch.autograd.grad(loss, (hidden, weight), upstream[i], retain_graph=True)
+        for x, y in zip(batched, one, strict=True):
+            torch.testing.assert_close(x[i], y)
+
+
+def test_meta_tensors():
+    hidden, weight = torch.empty(3, 5, device="meta", requires_grad=True), torch.empty(4, 5, device="meta")
+    loss = linear_cross_entropy(hidden, weight, torch.empty(3, dtype=torch.long, device="meta"))
+    assert loss.device.type == "meta"

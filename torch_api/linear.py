@@ -8,9 +8,10 @@ from torch import Tensor
 from ce_kernels import Options
 from ce_kernels.linear import MAX_LOGITS_BYTES, Accumulation
 from ce_kernels.spec import Implementation, Reduction, check_reduction
+from torch_api import tracing
 from torch_api.linear_arguments import LinearChoices, checked_head, divided_by
 from torch_api.linear_chunks import Head
-from torch_api.linear_rules import LinearLoss, LinearRows
+from torch_api.linear_rules import LinearLoss, linear_rows
 from torch_api.losses import RowOutputs
 
 if TYPE_CHECKING:
@@ -92,18 +93,19 @@ def linear_cross_entropy(
     choices = LinearChoices(max_logits_bytes, accumulation, process_group, implementation)
     head, static = checked_head(Head(hidden, weight, bias, labels, class_weight), options, choices)
     if reduction == "none":
-        return LinearRows.apply(*head, static, False)[0].view(hidden.shape[:-1])
+        return linear_rows(head, static, with_argmax=False)[0].view(hidden.shape[:-1])
     by = divided_by(head, static, 1.0 if reduction == "sum" else denominator)
     trained = [x for x in head[:3] if x is not None and x.requires_grad]
     if (
         torch.is_grad_enabled()
         and trained
+        and not tracing.is_transformed()
         # Loss scaling exists because p / N is below fp16's range: round only after the upstream gradient is known.
         and static.dtype != torch.float16
         and not (head.target.requires_grad or by.requires_grad)
     ):
         return LinearLoss.apply(*head, by, static)
-    return LinearRows.apply(*head, static, False)[0].sum() / by
+    return linear_rows(head, static, with_argmax=False)[0].sum() / by
 
 
 def linear_cross_entropy_rows(
@@ -145,6 +147,6 @@ def linear_cross_entropy_rows(
     options = Options.checked(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     choices = LinearChoices(max_logits_bytes, accumulation, process_group, implementation)
     head, static = checked_head(Head(hidden, weight, bias, labels, class_weight), options, choices)
-    loss, lse, predicted = LinearRows.apply(*head, static, True)
+    loss, lse, predicted = linear_rows(head, static, with_argmax=True)
     shape = hidden.shape[:-1]
     return RowOutputs(loss.view(shape), lse.view(shape), predicted.long().view(shape))

@@ -1,5 +1,6 @@
 """A linear head's arguments, checked, as rows."""
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -42,7 +43,8 @@ def checked_head(head: Head, options: Options, choices: LinearChoices) -> tuple[
         if head.class_weight.requires_grad and torch.is_grad_enabled():
             passed = "class_weight that requires a gradient"
             fail(ValueError, passed, "class weights that are not trained", "class_weight.detach()")
-    target = head.target.reshape(-1, n_classes) if soft else head.target.reshape(-1)
+    n_rows = math.prod(hidden.shape[:-1])
+    target = head.target.reshape(n_rows, n_classes) if soft else head.target.reshape(n_rows)
     if soft and target.stride(-1) != 1:
         target = target.contiguous()
     if not soft:
@@ -50,7 +52,7 @@ def checked_head(head: Head, options: Options, choices: LinearChoices) -> tuple[
         target = target if target.dtype in (torch.int32, torch.int64) else target.long()
         options = options.for_labels(_facts("labels", target).dtype)
     rows = head._replace(
-        hidden=head.hidden.reshape(-1, head.hidden.shape[-1]),
+        hidden=head.hidden.reshape(n_rows, hidden.shape[-1]),
         target=target,
         class_weight=None if head.class_weight is None else head.class_weight.contiguous(),
     )
@@ -67,7 +69,7 @@ def checked_head(head: Head, options: Options, choices: LinearChoices) -> tuple[
 def _check_plain(head: Head) -> None:
     """Raises TypeError or ValueError unless the arguments are plain tensors on one device."""
     for name, x in zip(("hidden", "weight", "bias", "labels", "class_weight"), head, strict=True):
-        if x is None:
+        if x is None and name in ("bias", "class_weight"):
             continue
         if not isinstance(x, Tensor):
             fail(TypeError, f"{name} of type {type(x).__name__}", "a torch.Tensor", f"torch.as_tensor({name})")
@@ -89,7 +91,8 @@ def _logits_dtype(head: Head) -> torch.dtype:
     operands = [x for x in head[:3] if x is not None]
     device = head.hidden.device.type
     # Autocast leaves float64 alone.
-    if torch.is_autocast_enabled(device) and not any(x.dtype == torch.float64 for x in operands):
+    available = torch.amp.is_autocast_available(device)
+    if available and torch.is_autocast_enabled(device) and not any(x.dtype == torch.float64 for x in operands):
         return torch.get_autocast_dtype(device)
     for name, x in (("weight", head.weight), ("bias", head.bias)):
         if x is not None and x.dtype != head.hidden.dtype:
