@@ -146,7 +146,7 @@ def _linear_loss_bwd(static, residuals, g):
 linear_loss.defvjp(_linear_loss_fwd, _linear_loss_bwd, symbolic_zeros=True)
 
 
-# Outside of jit, a call compiles once; and a shard_map outside of jit knows no symbolic zeros but those inside of a jit.
+# Outside of jit, a call compiles once; and a shard_map outside of jit knows symbolic zeros only inside of a jit.
 jitted_rows = jax.jit(linear_rows, static_argnums=0, inline=True)
 jitted_loss = jax.jit(linear_loss, static_argnums=0, inline=True)
 
@@ -166,8 +166,8 @@ def _as_arrays(wanted: Wanted) -> tuple[Array, ...]:
 
 
 def _as_wanted(flags: tuple[Array, ...]) -> Wanted:
-    hidden, weight, bias, target = (bool(flag.size) for flag in flags)
-    return Wanted(hidden, weight, bias, target)
+    hidden, weight, bias, target = flags
+    return Wanted(bool(hidden.size), bool(weight.size), bool(bias.size), bool(target.size))
 
 
 def _materialised(cotangent: Array | SymbolicZero, like: Array) -> Array:
