@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from ce_kernels.spec import Reduction
 from torch_api import cross_entropy, launch
 
 BATCH, REPEATS = 50, 40
@@ -56,7 +57,7 @@ def measure(n_rows: int, n_classes: int) -> dict[str, float]:
     labels = torch.randint(0, n_classes, (n_rows,), device=device)
     leaf = logits.clone().requires_grad_()
 
-    def forward(reduction="none"):
+    def forward(reduction: Reduction = "none"):
         with torch.no_grad():
             return cross_entropy(logits, labels, reduction=reduction, implementation="triton")
 

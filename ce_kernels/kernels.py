@@ -353,7 +353,8 @@ def cross_entropy_stats_kernel(
     DTYPE: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
     row = tl.program_id(0).to(tl.int64)
     _statistics_phase(
-        row, logits_ptr + _row_offset(row, LOGITS_STRIDE, rows_inner, logits_outer_stride), target_ptr + row * TARGET_STRIDE, target_ptr, weight_ptr,
+        row, logits_ptr + _row_offset(row, LOGITS_STRIDE, rows_inner, logits_outer_stride),
+        target_ptr + row * TARGET_STRIDE, target_ptr, weight_ptr,
         vocab_start_ptr, ignore_index, _scalar(label_smoothing, DTYPE, SCALARS_IN_MEMORY),
         _scalar(z_loss, DTYPE, SCALARS_IN_MEMORY), _scalar(logit_scale, DTYPE, SCALARS_IN_MEMORY),
         _scalar(softcap, DTYPE, SCALARS_IN_MEMORY), loss_ptr, lse_ptr, target_sum_ptr, predicted_ptr,

@@ -56,8 +56,8 @@ class Output:
 class Launch:
     """All that is known of a kernel call without data.
 
-    `constants` are the kernel's constexpr parameters, and the second row level where there is one; `in_place` means that
-    dlogits overwrites the logits.
+    `constants` are the kernel's constexpr parameters, and the second row level where there is one; `in_place` means
+    that dlogits overwrites the logits.
     """
 
     kernel: str

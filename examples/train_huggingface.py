@@ -33,8 +33,15 @@ class Windows(Dataset):
 def model() -> LlamaForCausalLM:
     """A Llama of 2 layers from its configuration: nothing is downloaded."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, max_position_embeddings=TIME, **sizes))
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        max_position_embeddings=TIME,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    return LlamaForCausalLM(config)
 
 
 def train(loss: str, steps: int) -> list[float]:

@@ -140,7 +140,7 @@ def _linear_loss_bwd(static, residuals, g):
         upstream = Upstream(lse, target_sum, jnp.broadcast_to(g / denominator, lse.shape), None)
         only_target = Wanted(hidden=False, weight=False, bias=False, target=True)
         dtarget = row_gradients(static, only_target, head, upstream).target
-    return _cotangents(Gradients(*scaled, dtarget)), -g * loss / denominator
+    return _cotangents(Gradients(*scaled, target=dtarget)), -g * loss / denominator
 
 
 linear_loss.defvjp(_linear_loss_fwd, _linear_loss_bwd, symbolic_zeros=True)

@@ -12,7 +12,11 @@ from torch_api import CrossEntropyLoss, cross_entropy, cross_entropy_rows, ops
 from torch_api.rows import RowSpec
 
 # Of Inductor's own start, and of the device that it looks for.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated"),
+]
 DEVICE = "cuda" if HAS_GPU else "cpu"
 OPTIONS = {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 20.0}
 
@@ -80,6 +84,24 @@ def test_batch_sizes_compile_at_most_twice(dynamic):
         logits, labels = problem(n_rows)
         torch.testing.assert_close(both(compiled, logits, labels), both(cross_entropy, logits, labels))
     assert counter.frame_count <= 2
+
+
+def test_torch_func_inside_compile():
+    logits, labels = torch.randn(3, 4, 16, device=DEVICE), torch.randint(0, 16, (3, 4), device=DEVICE)
+    for transform in (torch.func.grad, lambda f: torch.vmap(torch.func.grad(f)), torch.vmap, torch.func.hessian):
+        mapped = transform not in (torch.func.grad, torch.func.hessian)
+        args = (logits, labels) if mapped else (logits[0], labels[0])
+        compiled = torch.compile(transform(cross_entropy), fullgraph=True, backend="aot_eager")(*args)
+        torch.testing.assert_close(compiled, transform(cross_entropy)(*args))
+
+
+def test_class_weights_that_train():
+    logits, labels = problem()
+    weight = torch.rand(40, device=DEVICE, requires_grad=True)
+    loss = lambda x, w: cross_entropy(x, labels, w, **OPTIONS)  # noqa: E731
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(logits, weight)
+    expected = torch.autograd.grad(loss(logits, weight), (logits, weight))
+    torch.testing.assert_close(torch.autograd.grad(compiled, (logits, weight)), expected)
 
 
 def test_compiled_views_and_time_shifts():

@@ -1,4 +1,4 @@
-"""Sharded vocabularies, DTensors and FSDP2 in real processes: each case of `tests.sharded` over 2 and over 4 of them."""
+"""Sharded vocabularies, DTensors and FSDP2 in real processes: the cases of `tests.sharded` over 2 and over 4."""
 
 import os
 import subprocess

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import torch_api
 from torch_api import cross_entropy
@@ -119,6 +120,47 @@ def test_tensor_subclasses():
     torch.testing.assert_close(torch.Tensor(logits.grad), torch.autograd.grad(F.cross_entropy(leaf, labels), leaf)[0])
     rows = torch_api.cross_entropy_rows(logits, labels)
     assert type(rows.loss) is Tagged
+
+
+def test_negated_views():
+    """torch.imag of a conjugate leaves its sign to its readers."""
+    logits, labels = torch.view_as_complex(torch.randn(4, 5, 2)).conj().imag, torch.tensor([0, 4, 1, 2])
+    assert logits.is_neg()
+    for implementation in ("reference", "triton"):
+        ours = cross_entropy(logits, labels, implementation=implementation)
+        torch.testing.assert_close(ours, F.cross_entropy(logits, labels))
+
+
+def test_modes_that_watch_or_replace():
+    logits, labels = torch.randn(4, 5, requires_grad=True), torch.tensor([0, 4, -100, 2])
+    expected = torch.autograd.grad(F.cross_entropy(logits, labels), logits)
+    with FlopCounterMode(display=False):
+        torch.testing.assert_close(torch.autograd.grad(cross_entropy(logits, labels), logits), expected)
+    with torch.device("meta"):
+        torch.testing.assert_close(torch.autograd.grad(cross_entropy(logits, labels), logits), expected)
+
+
+def test_third_derivatives():
+    logits, labels = torch.randn(4, 5, dtype=torch.double, requires_grad=True), torch.tensor([0, 4, -100, 2])
+
+    def third(loss):
+        value = loss(logits, labels)
+        for _ in range(2):
+            value = torch.autograd.grad(value, logits, create_graph=True)[0].square().sum()
+        return torch.autograd.grad(value, logits)
+
+    torch.testing.assert_close(third(cross_entropy), third(F.cross_entropy))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_logits_that_are_copied_for_reading_survive_two_backwards(implementation):
+    logits, labels = torch.randn(2, 5, 3, requires_grad=True), torch.randint(0, 5, (2, 3))
+    before = logits.detach().clone()
+    loss = cross_entropy(logits, labels, implementation=implementation)
+    expected = torch.autograd.grad(F.cross_entropy(logits, labels), logits)
+    for keep in (True, True, False):
+        torch.testing.assert_close(torch.autograd.grad(loss, logits, retain_graph=keep), expected)
+    assert torch.equal(logits, before)
 
 
 def test_parameters_as_logits_and_frozen_everything_else():

@@ -140,7 +140,7 @@ def test_another_use_of_donated_logits_raises_in_backward(implementation, reduct
 def test_second_backward_and_create_graph_of_donated_logits_raise(implementation, reduction):
     hidden, head, labels = make_problem()
     loss = donated(hidden @ head.T, labels, implementation, reduction=reduction).sum()
-    with pytest.raises(RuntimeError, match="got create_graph=True through donated logits.*write donate_logits=False"):
+    with pytest.raises(RuntimeError, match=r"got create_graph=True through donated logits.*write donate_logits=False"):
         torch.autograd.grad(loss, head, create_graph=True)
     torch.autograd.grad(loss, head, retain_graph=True)
     with pytest.raises(RuntimeError, match="got a second backward through donated logits"):
@@ -161,6 +161,28 @@ def test_logits_that_somebody_needs_are_not_donated():
         cross_entropy((leaf[:1] * 1).expand(4, -1), labels, donate_logits=True)
     with pytest.raises(RuntimeError, match=r"under torch.compile, torch.func.*write donate_logits=False"):
         torch.func.grad(lambda x: cross_entropy(x * 1, labels, donate_logits=True))(leaf.detach())
+
+
+def test_a_producer_that_saved_its_output_raises():
+    leaf, labels = torch.randn(4, 5, device=DEVICE, requires_grad=True), torch.zeros(4, dtype=torch.long, device=DEVICE)
+    loss = cross_entropy(leaf.log_softmax(1), labels, donate_logits=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_donation_through_module_hooks_and_retained_gradients():
+    leaf, labels = torch.randn(4, 5, device=DEVICE, requires_grad=True), torch.zeros(4, dtype=torch.long, device=DEVICE)
+    criterion = CrossEntropyLoss(donate_logits=True)
+    seen = []
+    criterion.register_full_backward_hook(lambda _, gradients, __: seen.append(gradients[0].clone()))
+    with pytest.raises(ValueError, match="a view of a leaf"):
+        criterion(leaf, labels)
+    logits = leaf * 1
+    logits.retain_grad()
+    criterion(logits, labels).backward()
+    expected = torch.autograd.grad(F.cross_entropy(leaf, labels), leaf)[0]
+    for gradient in (seen[0], logits.grad, leaf.grad):
+        torch.testing.assert_close(gradient, expected)
 
 
 def test_donation_without_a_gradient_writes_nothing():
@@ -223,7 +245,7 @@ def test_modules_are_copied_and_pickled():
     [("plain", 1.0), ("donated", 0.0), ("all_but_last", 1.0), ("donated_none", 0.0), ("classes_first", 1.0)],
 )
 def test_peak_memory(name, buffers):
-    """Beyond the logits, in units of the logits read: one gradient; none with donation; one copy for strided classes."""
+    """In units of the logits, beyond them: one gradient; none with donation; one copy for strided classes."""
     base = torch.randn(4, 513, 32000, device="cuda", dtype=torch.bfloat16)
     if name == "classes_first":
         base = base.transpose(1, 2).contiguous().transpose(1, 2)

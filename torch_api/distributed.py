@@ -12,15 +12,17 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+import torch.distributed._functional_collectives  # its import teaches tracers the collectives
 from torch import Tensor
 from torch.autograd import Function
-from torch.distributed import ProcessGroup, _functional_collectives, get_rank, get_world_size
+from torch.distributed import ProcessGroup, get_rank, get_world_size
 
 from ce_kernels.spec import fail
 from torch_api import donation, launch, ops, tracing
 from torch_api.arguments import Choices, checked, checked_denominator
 from torch_api.reference import is_ignored
 from torch_api.rows import Inputs, Reducing, RowSpec, Stats, Upstream
+from torch_api.rules import check_donation, taken
 
 
 class Shards(NamedTuple):
@@ -53,9 +55,7 @@ def local_spec(spec: RowSpec, shards: Shards) -> RowSpec:
 
 def cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, choices: Choices, reducing: Reducing) -> Tensor:
     """`torch_api.cross_entropy` of this process's slice of the classes."""
-    group = reducing.process_group
-    assert group is not None
-    inputs, spec, shards = _slices(input, target, weight, choices, group)
+    inputs, spec, shards = _slices(input, target, weight, choices, reducing.process_group)
     if reducing.donate:
         donation.check(inputs.logits)
     out, label_weight = row_losses(inputs, spec, shards, donate=reducing.donate)
@@ -72,7 +72,7 @@ def cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, choices:
 
 
 def cross_entropy_rows(
-    input: Tensor, target: Tensor, weight: Tensor | None, choices: Choices, group: ProcessGroup
+    input: Tensor, target: Tensor, weight: Tensor | None, choices: Choices, group: ProcessGroup | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """loss, lse and argmax of `torch_api.cross_entropy_rows`, of whole rows."""
     out, _ = row_losses(*_slices(input, target, weight, choices, group), with_argmax=True)
@@ -81,8 +81,9 @@ def cross_entropy_rows(
 
 
 def _slices(
-    input: Tensor, target: Tensor, weight: Tensor | None, choices: Choices, group: ProcessGroup
+    input: Tensor, target: Tensor, weight: Tensor | None, choices: Choices, group: ProcessGroup | None
 ) -> tuple[Inputs, RowSpec, Shards]:
+    assert group is not None
     inputs, spec = checked(input, target, weight, choices, slices=get_world_size(group))
     shards = equal_shards(inputs.logits.shape[-1], group)
     return inputs, local_spec(spec, shards), shards
@@ -126,10 +127,8 @@ class _ShardedRowLosses(Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             what = "create_graph=True with a sharded vocabulary"
             fail(RuntimeError, what, "first derivatives", "the loss of gathered logits")
-        if ctx.donate and ctx.spent:
-            what = "a second backward through donated logits"
-            fail(RuntimeError, what, "one backward", "donate_logits=False where the graph is retained")
-        ctx.spent = True
+        if ctx.donate:
+            check_donation(ctx, dloss, dlse)
         logits, target, weight, lse, target_sum = ctx.saved_tensors
         if dloss is None:
             dloss = torch.zeros((), dtype=lse.dtype, device=lse.device).expand(lse.shape)
@@ -139,8 +138,7 @@ class _ShardedRowLosses(Function):
             inputs, upstream, ctx.spec, with_dtarget=ctx.needs_input_grad[1], donate=ctx.donate
         )
         if ctx.donate:
-            torch.autograd.graph.increment_version(logits)
-            dlogits = dlogits.data
+            dlogits = taken(logits, dlogits)
         return dlogits, dtarget, None, None, None, None, None
 
 
@@ -159,12 +157,18 @@ def _gathered(inputs: Inputs, own: Stats, shards: Shards) -> Tensor:
         vectors.append(torch.full_like(own.loss, logits.shape[-1]))
     packed = torch.stack(vectors)[None]
     for group in reversed(shards.groups):
-        packed = _functional_collectives.wait_tensor(_functional_collectives.all_gather_tensor(packed, 0, group))
+        # The operators that torch.distributed's functional collectives are made of: tracers know them.
+        collectives = torch.ops._c10d_functional
+        gathered = collectives.all_gather_into_tensor(packed, get_world_size(group), group.group_name)
+        packed = collectives.wait_tensor(gathered)
     return packed
 
 
 def _merge(gathered: Tensor, inputs: Inputs, spec: RowSpec, shards: Shards, with_argmax: bool) -> tuple[Stats, Tensor]:
-    loss, lse, s, *rest = gathered.unbind(1)
+    """Statistics of whole rows and the weights of their labels, from what `_gathered` packed."""
+    vectors = gathered.unbind(1)
+    loss, lse, s = vectors[0], vectors[1], vectors[2]
+    weighted = inputs.weight is not None and not inputs.target.is_floating_point()
     ignored = is_ignored(inputs, spec.options)
     whole = lse.logsumexp(0)
     # A slice of only −inf has an infinite loss where it holds mass (NaN by itself), and none where it does not.
@@ -174,26 +178,22 @@ def _merge(gathered: Tensor, inputs: Inputs, spec: RowSpec, shards: Shards, with
     if spec.options.z_loss:
         row_loss = row_loss + spec.options.z_loss * whole * whole
     if not shards.sizes_are_known:
-        row_loss = _checked_sizes(row_loss, rest.pop(), inputs)
+        row_loss = _checked_sizes(row_loss, vectors[-1], inputs)
     target_sum = s.sum(0)
-    # A row without mass and z-loss would hide that its label is invalid.
     row_loss = torch.where(ignored, 0.0, torch.where(target_sum.isnan(), torch.nan, row_loss))
-    predicted = None
-    if with_argmax:
-        scaled = rest[-2] if spec.options.logit_scale >= 0 else -rest[-2]
-        # A masked class stays the last choice under a negative scale.
-        scaled = torch.where(rest[-2] == -torch.inf, -torch.inf, scaled)
-        slice_ = scaled.argmax(0)
-        starts = torch.tensor(shards.starts, device=slice_.device)
-        predicted = (rest[-1].gather(0, slice_[None])[0].long() + starts[slice_]).int()
-    else:
-        whole = torch.where(ignored, 0.0, whole)
-    if inputs.weight is not None and not inputs.target.is_floating_point():
+    label_weight = torch.ones_like(row_loss)
+    if weighted:
         valid = (inputs.target >= 0) & (inputs.target < shards.total_classes)
-        label_weight = torch.where(valid, rest[0].sum(0), 1.0)
-    else:
-        label_weight = torch.ones((), dtype=row_loss.dtype, device=row_loss.device).expand(row_loss.shape)
-    return Stats(row_loss, whole, target_sum, predicted), torch.where(ignored, 0.0, label_weight)
+        label_weight = torch.where(valid, vectors[3].sum(0), 1.0)
+    label_weight = torch.where(ignored, 0.0, label_weight)
+    if not with_argmax:
+        return Stats(row_loss, torch.where(ignored, 0.0, whole), target_sum), label_weight
+    best, column = vectors[3 + weighted], vectors[4 + weighted]
+    scaled = torch.where(best == -torch.inf, best, best * spec.options.logit_scale)
+    slice_ = scaled.argmax(0)
+    starts = torch.tensor(shards.starts, device=slice_.device)
+    predicted = column.gather(0, slice_[None])[0].long() + starts[slice_]
+    return Stats(row_loss, whole, target_sum, predicted.int()), label_weight
 
 
 def _checked_sizes(loss: Tensor, sizes: Tensor, inputs: Inputs) -> Tensor:

@@ -1,9 +1,11 @@
 """DTensor logits in any sharding, without gathering them: rows stay where they are, slices of a vocabulary merge."""
 
+from itertools import pairwise
 from math import ceil
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
@@ -19,7 +21,8 @@ from torch_api.rows import Reducing, Stats
 class Rows:
     """Statistics of the local rows of DTensor logits, and how rows are laid out over the mesh."""
 
-    def __init__(self, input: DTensor, target: Tensor, weight: Tensor | None, choices: Choices, with_argmax: bool):
+    def __init__(self, input: Tensor, target: Tensor, weight: Tensor | None, choices: Choices, with_argmax: bool):
+        assert isinstance(input, DTensor)
         self.mesh = mesh = input.device_mesh
         axis = check_logits(facts_of("input", input), min(1, input.ndim - 1) if choices.dim is None else choices.dim)
         placements = [_plain_placement(p, input.ndim) for p in input.placements]
@@ -58,7 +61,7 @@ class Rows:
 
 
 def cross_entropy(
-    input: DTensor,
+    input: Tensor,
     target: Tensor,
     weight: Tensor | None,
     choices: Choices,
@@ -86,7 +89,7 @@ def cross_entropy(
 
 
 def cross_entropy_rows(
-    input: DTensor, target: Tensor, weight: Tensor | None, choices: Choices, _: None
+    input: Tensor, target: Tensor, weight: Tensor | None, choices: Choices, _: ProcessGroup | None
 ) -> tuple[DTensor, DTensor, DTensor]:
     """loss, lse and argmax of `torch_api.cross_entropy_rows`, sharded as the rows of the logits."""
     rows = Rows(input, target, weight, choices, with_argmax=True)
@@ -115,7 +118,7 @@ def _without_axis(placement: Placement, axis: int) -> Placement:
 
 
 def _local(array: Tensor, mesh: DeviceMesh, placements: list[Placement]) -> Tensor:
-    """This process's part; a plain tensor is the whole, the same on every process."""
+    """The part of this process; a plain tensor is the whole, the same on every process."""
     if not isinstance(array, DTensor):
         array = DTensor.from_local(array, mesh, [Replicate()] * mesh.ndim, run_check=False)
     if tuple(array.placements) != tuple(placements):
@@ -147,4 +150,4 @@ def _cut(start: int, length: int, pieces: int) -> list[tuple[int, int]]:
     """(start, length) of torch.chunk's pieces, the last ones shorter or empty."""
     chunk = ceil(length / pieces)
     ends = [min(chunk * i, length) for i in range(pieces + 1)]
-    return [(start + a, b - a) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    return [(start + a, b - a) for a, b in pairwise(ends)]

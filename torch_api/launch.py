@@ -130,8 +130,11 @@ def scale_(values: Tensor, scale: Tensor, implementation: str) -> None:
 def _plain_stats(inputs: Inputs, spec: RowSpec, with_argmax: bool) -> Stats:
     out = reference.stats(flat(inputs), spec, with_argmax)
     shape = inputs.logits.shape[:-1]
+    if out.loss.shape == shape:
+        return out
     # No views: autograd forbids writing to views that a Function returns, and users mask losses in place.
-    return Stats(*(x if x is None or x.shape == shape else x.reshape(shape).clone() for x in out))
+    loss, lse, target_sum = (x.reshape(shape).clone() for x in out[:3])
+    return Stats(loss, lse, target_sum, None if out.predicted is None else out.predicted.reshape(shape))
 
 
 def _plain_grad(
@@ -158,6 +161,9 @@ def flat(inputs: Inputs) -> Inputs:
 def _readable(inputs: Inputs) -> Inputs:
     """Inputs as a kernel can read them, copied where it cannot."""
     logits, target, weight = inputs
+    if logits.is_neg() or target.is_neg():
+        # The sign that torch.imag of a conjugate leaves to its readers.
+        logits, target = logits.resolve_neg(), target.resolve_neg()
     if not logits.is_contiguous() and layout.row_levels(logits.shape, logits.stride()) is None:
         logits = logits.contiguous()
     if not target.is_contiguous():
@@ -177,13 +183,9 @@ def _target_stride(target: Tensor) -> int | None:
 
 
 def _row_outputs(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    shape, dtype, device = logits.shape[:-1], reference.compute_dtype(logits), logits.device
     # Three buffers, not three views of one: writing to the loss in place must not meet a shared base.
-    return (
-        torch.empty(shape, dtype=dtype, device=device),
-        torch.empty(shape, dtype=dtype, device=device),
-        torch.empty(shape, dtype=dtype, device=device),
-    )
+    loss = torch.empty(logits.shape[:-1], dtype=reference.compute_dtype(logits), device=logits.device)
+    return loss, torch.empty_like(loss), torch.empty_like(loss)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -17,7 +17,7 @@ class Levels(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def row_levels(shape: tuple[int, ...], strides: tuple[int, ...]) -> Levels | None:
-    """How the rows of an array [*batch, V] are reached in place; None if they are not: strided classes, three levels."""
+    """How the rows of an array [*batch, V] are reached in place; None: not at all (strided classes, three levels)."""
     n_classes = shape[-1]
     if 0 in shape:
         return Levels(n_classes)

@@ -1,10 +1,15 @@
 """The module form of `torch_api.cross_entropy`."""
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 from ce_kernels import Options
 from ce_kernels.spec import Implementation, Reduction, check_implementation, check_reduction
 from torch_api.losses import cross_entropy
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class CrossEntropyLoss(nn.Module):
@@ -55,7 +60,14 @@ class CrossEntropyLoss(nn.Module):
         self.implementation: Implementation | None = implementation
         self.donate_logits = donate_logits
 
-    def forward(self, input: Tensor, target: Tensor, *, denominator: float | Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        denominator: float | Tensor | None = None,
+        process_group: "ProcessGroup | None" = None,
+    ) -> Tensor:
         """The loss of logits `input` for `target`; denominator replaces the module's own."""
         return cross_entropy(
             input,
@@ -71,6 +83,7 @@ class CrossEntropyLoss(nn.Module):
             dim=self.dim,
             implementation=self.implementation,
             donate_logits=self.donate_logits,
+            process_group=process_group,
         )
 
     def extra_repr(self) -> str:

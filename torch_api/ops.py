@@ -29,7 +29,7 @@ _library.define(
 def stats(inputs: Inputs, spec: RowSpec, *, with_argmax: bool) -> Stats:
     """As `launch.stats`."""
     out = torch.ops.ce_kernels.row_statistics(*inputs, with_argmax, *_scalars(spec))
-    return Stats(*out[:3], out[3] if with_argmax else None)
+    return Stats(out[0], out[1], out[2], out[3] if with_argmax else None)
 
 
 def grad(

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch.nn.functional as F
 from torch import Tensor
 
+from ce_kernels.spec import Reduction
 from torch_api.losses import cross_entropy
 
 
@@ -17,10 +18,10 @@ def functional_cross_entropy(
     size_average: bool | None = None,
     ignore_index: int = -100,
     reduce: bool | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """`torch_api.cross_entropy` with the signature of `torch.nn.functional.cross_entropy`, deprecated arguments included.
+    """`torch_api.cross_entropy` with the signature of `torch.nn.functional.cross_entropy`, deprecated arguments too.
 
     Example:
         >>> import torch
@@ -33,7 +34,7 @@ def functional_cross_entropy(
         reduction = "none" if reduce is False else "mean" if average else "sum"
     return cross_entropy(
         input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
-    )  # pyright: ignore[reportArgumentType]
+    )
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The contract in plain PyTorch operations: the implementation on CPUs, and the rule of second derivatives.
 
 `stats` and `grad` mirror the kernels: rows [N, V], row vectors [N], the formula of `ce_kernels.spec`, with q split into
-a hard label's own mass and the mass that is spread over all classes. Both are differentiable by autograd, in every mode.
+a hard label's own mass and the mass that is spread over all classes. Both are differentiable, in every mode.
 """
 
 from typing import NamedTuple

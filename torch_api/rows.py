@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RowSpec:
-    """The options of all rows, and who computes. A row of V classes may be a slice of total_classes from vocab_start."""
+    """The options of all rows, and who computes. A row may be a slice of total_classes that starts at vocab_start."""
 
     options: Options
     implementation: str

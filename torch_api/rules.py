@@ -22,7 +22,8 @@ from torch_api.rows import Inputs, RowSpec, Stats, Upstream
 
 def row_losses(inputs: Inputs, spec: RowSpec, *, with_argmax: bool = False, donate: bool = False) -> Stats:
     """Statistics of rows, differentiable in loss and lse: alone or together, in whatever mode is active."""
-    if tracing.is_higher_order():
+    trains_weight = inputs.weight is not None and inputs.weight.requires_grad
+    if tracing.is_higher_order() or (trains_weight and torch.compiler.is_compiling()):
         return plain_row_losses(inputs, spec, with_argmax=with_argmax)
     if not tracing.is_eager(*inputs):
         return Stats(*RowLosses.apply(*inputs, spec, with_argmax, False))
@@ -37,7 +38,9 @@ def plain_row_losses(inputs: Inputs, spec: RowSpec, *, with_argmax: bool) -> Sta
     # Ignored rows may hold anything, also where a derivative multiplies it by 0.
     logits = inputs.logits if with_argmax else torch.where(ignored[..., None], 0.0, inputs.logits)
     out = reference.stats(launch.flat(Inputs(logits, inputs.target, inputs.weight)), spec, with_argmax)
-    return Stats(*(None if x is None else x.reshape(inputs.logits.shape[:-1]) for x in out))
+    shape = inputs.logits.shape[:-1]
+    predicted = None if out.predicted is None else out.predicted.reshape(shape)
+    return Stats(out.loss.reshape(shape), out.lse.reshape(shape), out.target_sum.reshape(shape), predicted)
 
 
 class RowLosses(Function):
@@ -66,7 +69,7 @@ class RowLosses(Function):
         if dloss is None and dlse is None:
             return (None,) * 6
         if ctx.donate:
-            _check_donation(ctx, dloss, dlse)
+            check_donation(ctx, dloss, dlse)
         logits, target, weight, lse, target_sum = ctx.saved_tensors
         if dloss is None:
             dloss = torch.zeros((), dtype=lse.dtype, device=lse.device).expand(lse.shape)
@@ -79,7 +82,7 @@ class RowLosses(Function):
             dlogits, dtarget = launch.grad(
                 Inputs(logits, target, weight), upstream, ctx.spec, with_dtarget=needs_target, donate=True
             )
-            dlogits = _taken(logits, dlogits)
+            dlogits = taken(logits, dlogits)
         elif needs_logits or needs_target:
             dlogits, dtarget = _row_gradients(
                 logits, target, weight, lse, target_sum, dloss, dlse, ctx.spec, needs_target
@@ -166,7 +169,7 @@ class FusedLoss(Function):
         out, dlogits = launch.fused(Inputs(logits, target, weight), denominator, spec, donate=donate)
         ctx.spec, ctx.donate, ctx.spent = spec, donate, False
         if donate:
-            ctx.save_for_backward(_taken(logits, dlogits))
+            ctx.save_for_backward(taken(logits, dlogits))
         else:
             ctx.save_for_backward(dlogits, logits, target, weight, out.lse, out.target_sum, denominator)
         return out.loss.sum() / denominator
@@ -174,7 +177,7 @@ class FusedLoss(Function):
     @staticmethod
     def backward(ctx, g):
         if ctx.donate:
-            _check_donation(ctx, g)
+            check_donation(ctx, g)
         dlogits, *saved = ctx.saved_tensors
         if not ctx.donate and (torch.is_grad_enabled() or ctx.spent or _is_mapped(g)):
             # Under create_graph, or after a first backward gave its buffer away: compute the gradient anew.
@@ -198,14 +201,15 @@ def _is_mapped(g: Tensor) -> bool:
     return not tracing.is_eager(g) or tracing.is_batched(g)
 
 
-def _taken(logits: Tensor, dlogits: Tensor) -> Tensor:
+def taken(logits: Tensor, dlogits: Tensor) -> Tensor:
     """The gradient of donated logits; whoever else saved them raises in backward instead of reading a gradient."""
     if dlogits.data_ptr() == logits.data_ptr():
         torch.autograd.graph.increment_version(logits)
     return dlogits.data
 
 
-def _check_donation(ctx, *upstream: Tensor | None) -> None:
+def check_donation(ctx, *upstream: Tensor | None) -> None:
+    """Raises where a backward needs donated logits that are no more, or will be needed once more."""
     if torch.is_grad_enabled():
         fail(
             RuntimeError,

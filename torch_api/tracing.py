@@ -1,6 +1,7 @@
-"""Who is watching: plain eager execution, transforms of torch.func, tracers. The one file that asks PyTorch's internals."""
+"""Who is watching: nobody, transforms of torch.func, or a tracer. The one file that asks PyTorch's internals."""
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,7 +9,8 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 # Of `is_grads_batched=True`, which vmaps a backward without torch.func.
-_BATCHED = torch._C._parse_dispatch_key("Batched")
+_BATCHED: Any = torch._C._parse_dispatch_key("Batched")
+_FUNCTORCH: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def is_eager(*tensors: Tensor | None) -> bool:
@@ -50,11 +52,13 @@ def is_dtensor(x: object) -> bool:
 
 
 def is_higher_order() -> bool:
-    """Forward mode, or derivatives of derivatives by torch.func: an autograd Function has no rule for those."""
+    """Forward mode, nested derivatives of torch.func, torch.func in compile: a Function has no rule for those."""
     if forward_ad._current_level >= 0:
         return True
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+    if not torch._C._are_functorch_transforms_active():
         return False
-    kinds = torch._C._functorch.TransformType
-    levels = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+    if torch.compiler.is_compiling():
+        return True
+    kinds = _FUNCTORCH.TransformType
+    levels = [level.key() for level in _FUNCTORCH.get_interpreter_stack() or ()]
     return kinds.Jvp in levels or levels.count(kinds.Grad) > 1

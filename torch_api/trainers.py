@@ -32,7 +32,12 @@ def causal_lm_loss(
         outputs: the model's output: an object with `logits`, a mapping with them, or the logits [batch, time, classes].
         labels: [batch, time], not shifted, as transformers has them.
         num_items_in_batch: a number or a tensor of one element, never read by the host.
-        ignore_index, label_smoothing, z_loss, softcap, logit_scale, donate_logits: as in `torch_api.cross_entropy`.
+        ignore_index: labels to leave out.
+        label_smoothing: as in `torch_api.cross_entropy`, and so are the rest.
+        z_loss: the weight of lse².
+        softcap: c > 0, or None; for logits that the model has not capped.
+        logit_scale: an inverse temperature.
+        donate_logits: the gradient may overwrite the logits.
 
     Returns:
         The loss in nats, 0-d, float32 (float64 for float64 logits).

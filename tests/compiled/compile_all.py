@@ -1,6 +1,7 @@
 """Compiles every kernel for every dtype and GPU generation, without a GPU, and prints how many were compiled."""
 
 import json
+import re
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -22,9 +23,14 @@ def compile_launch(launch, problem, options, target, capability, weighted, loss_
     for name, value in options.scalars().items():
         if value is not None:
             types[name] = "i32" if name == "ignore_index" else compute if problem.scalars_in_memory else "fp32"
+    # The second row level is no constant, and its strides are multiples of 16 elements where V is.
+    levels = {name: "i32" for name, value in launch.constants if name.islower() and value is not None}
+    types |= levels
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     constants = {name: dict(launch.constants).get(name) for name, kind in signature.items() if kind == "constexpr"}
     attrs = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+    wide = [i for i, name in enumerate(signature) if name in levels and name != "rows_inner"]
+    attrs |= {(i,): [["tt.divisibility", 16]] for i in wide}
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attrs),
         target=GPUTarget("cuda", capability, 32),
@@ -32,6 +38,8 @@ def compile_launch(launch, problem, options, target, capability, weighted, loss_
     )
     assert compiled.asm["cubin"]
     count += 1
+    if levels:
+        assert re.search(r"ld\.global[^\n]*\.v4\.b32", compiled.asm["ptx"]), "narrow loads"
 
 
 plain = Options()
@@ -53,4 +61,12 @@ for dtype in ("float16", "bfloat16", "float32", "float64"):
                 (plan_fused(problem, denominator_stride=0, in_place=weighted), {"denominator_ptr": compute}),
             ):
                 compile_launch(launch, problem, options, target, capability, weighted, extra)
+n, length = 32000, 511
+for capability in (80, 90, 100):
+    two_levels = Problem(8, n, "bfloat16", False, n, 1, n, length, (length + 1) * n, n, length * n)
+    for launch, extra in (
+        (plan_stats(two_levels, with_argmax=False), {}),
+        (plan_fused(two_levels, denominator_stride=0, in_place=False), {"denominator_ptr": "*fp32"}),
+    ):
+        compile_launch(launch, two_levels, plain, "*i64", capability, False, extra)
 print(json.dumps({"compiled": count}))
