@@ -19,6 +19,7 @@ from jax import Array, lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ce_kernels.spec import fail
 from jax_api import launch, reference, slices
 from jax_api.backend import interpreting
 from jax_api.batching import over_leading_axes
@@ -57,17 +58,23 @@ def _operation(body: Callable, static: Static) -> Callable:
 
 def _on_any_mesh(body: Callable, static: Static, *arrays):
     mesh = mesh_of(arrays[0])
-    large = {kind for kind, size in zip(mesh.axis_types, mesh.axis_sizes, strict=True) if size > 1}
-    if AxisType.Auto in large and (AxisType.Manual in large or AxisType.Explicit in mesh.axis_types):
+    kinds = set(mesh.axis_types)
+    auto = any(kind == AxisType.Auto and size > 1 for kind, size in zip(mesh.axis_types, mesh.axis_sizes, strict=True))
+    if auto and kinds != {AxisType.Auto}:
         # custom_partitioning does not work inside a shard_map over some axes of a mesh; plain operations do.
+        if static.implementation == "triton":
+            fail(
+                ValueError,
+                f"implementation='triton' where XLA shards some axes of the mesh but not all: {mesh}",
+                "mesh axes that are all Auto, or none of them",
+                "shard_map over all axes, or implementation=None, which takes plain operations here",
+            )
         static = replace(static, implementation="reference")
-    if AxisType.Explicit in mesh.axis_types:
+    if AxisType.Explicit in kinds:
         return _explicit(partial(body, static), static.axis_name, mesh, *arrays)
     # Triton's interpreter is a host callback, which custom_partitioning cannot hold.
     callback = static.implementation == "triton" and interpreting()
-    # A mesh of one device is Manual too inside of shard_map.
-    manual = AxisType.Manual in (large if AxisType.Auto in large else mesh.axis_types)
-    if callback or manual:
+    if callback or AxisType.Manual in kinds:
         return body(static, static.axis_name, *arrays)
     return _partitioned(partial(body, static), mesh, *arrays)
 
@@ -176,12 +183,13 @@ def _divisible(mesh: Any, logits: Any) -> tuple[Any, tuple]:
     if mesh.empty:
         # Sharded without any mesh, as by pmap: gathered, which is right and slow.
         return Mesh(list(logits.sharding.device_set), ("device",)), (None,) * rank
-    spec = tuple(logits.sharding.spec)
-    spec += (None,) * (rank - len(spec))
-    sizes = [math.prod(mesh.shape[name] for name in names_of(entry)) for entry in spec]
-    return mesh, tuple(
-        entry if length % size == 0 else None for entry, length, size in zip(spec, logits.shape, sizes, strict=True)
-    )
+    spec = []
+    for length, entry in zip(logits.shape, (*logits.sharding.spec, *[None] * rank), strict=False):
+        # Without axes of one device, so that a vocabulary on one of them counts as whole.
+        names = tuple(name for name in names_of(entry) if mesh.shape[name] > 1)
+        divides = length % math.prod(mesh.shape[name] for name in names) == 0
+        spec.append(names if names and divides else None)
+    return mesh, tuple(spec)
 
 
 # What the public functions do to their arguments first.

@@ -6,6 +6,7 @@ maximum, one sum), two more for the argmax, and nothing in gradients.
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -16,18 +17,23 @@ from jax_api.static import Part, Static, Stats
 type Names = tuple[str, ...]
 
 
+def sliced(names: Names) -> bool:
+    """Whether the vocabulary is in pieces: over some mesh axis of more than one device."""
+    return any(lax.axis_size(name) > 1 for name in names)
+
+
 def part_of(logits: Array, names: Names) -> Part:
     """Which part of the vocabulary this device's slice is."""
-    if not names:
-        return Part(None, logits.shape[-1])
     n_classes = logits.shape[-1]
+    if not sliced(names):
+        return Part(None, n_classes)
     return Part(n_classes * lax.axis_index(names).reshape(1), n_classes * lax.axis_size(names))
 
 
 def stats(static: Static, names: Names, logits: Array, target: Array, weight: Array | None) -> Stats:
     """Statistics of whole rows: one read of the slice."""
-    if not names:
-        return launch.stats(static, logits, target, weight, part_of(logits, names))
+    if not sliced(names):
+        return _alike(launch.stats(static, logits, target, weight, part_of(logits, names)), names)
     # The z-loss is a function of the merged lse.
     slice_static = replace(static, options=replace(static.options, z_loss=0.0))
     out = _merge(launch.stats(slice_static, logits, target, weight, part_of(logits, names)), names)
@@ -47,12 +53,18 @@ def grad(static: Static, names: Names, logits: Array, target: Array, *upstream_a
 
 def fused(static: Static, names: Names, logits: Array, target: Array, denominator: Array, weight: Array | None):
     """Statistics of whole rows and the slice's dlogits: one launch where the vocabulary is whole."""
-    if not names:
-        return launch.fused(static, logits, target, weight, denominator)
+    if not sliced(names):
+        out, dlogits = launch.fused(static, logits, target, weight, denominator)
+        return _alike(out, names), dlogits
     # The gradient waits for the merged lse.
     out = stats(static, names, logits, target, weight)
     dlogits, _ = grad(static, names, logits, target, out.lse, out.target_sum, 1.0 / denominator, None, weight)
     return out, dlogits
+
+
+def _alike(out: Stats, names: Names) -> Stats:
+    """The same, as what is alike on all devices of axes that have one device each: shard_map wants it said."""
+    return jax.tree.map(lambda array: lax.psum(array, names), out) if names else out
 
 
 def _merge(out: Stats, names: Names) -> Stats:

@@ -20,59 +20,46 @@ from benchmarks import report
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-<<<<<<< HEAD
-PAGES = {"README.md": README} | {f"docs/{page.name}": page.read_text() for page in sorted(ROOT.glob("docs/*.md"))}
-BLOCKS = [(name, code) for name, text in PAGES.items() for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
-=======
-PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
-BLOCKS = [
-    pytest.param(block, page, id=f"{page}: {block.split(chr(10))[-2]}")
-    for page in PAGES
-    for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-]
->>>>>>> torch
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_readme_has_code():
     assert len(BLOCKS) >= 4
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize(("page", "block"), BLOCKS, ids=[f"{page}: {code.split(chr(10))[0]}" for page, code in BLOCKS])
-def test_code_of_the_pages_runs(page, block):
-=======
-@pytest.mark.parametrize(("block", "page"), BLOCKS)
-def test_code_runs(block, page):
->>>>>>> torch
-    exec(compile(block, page, "exec"), {"__name__": "page"})
+@pytest.mark.parametrize("block", BLOCKS, ids=[block.split("\n")[0] for block in BLOCKS])
+def test_readme_code_runs(block):
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_page_code_runs_in_order(page):
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert blocks
+    namespace = {"__name__": page.stem}
+    for block in blocks:
+        exec(compile(block, page.name, "exec"), namespace)
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
+)
 def test_pages_name_files_that_exist(page):
-<<<<<<< HEAD
-    for path in re.findall(r"\]\((?!http)([^)#]+)\)", PAGES[page]):
-=======
-    for path in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / page).read_text()):
->>>>>>> torch
-        assert ((ROOT / page).parent / path).exists(), path
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+        assert (page.parent / path).exists(), path
 
 
 MODULES = [
     torch_api.losses,
     torch_api.module,
-<<<<<<< HEAD
     torch_api.linear,
     torch_api.linear_module,
-    jax_api.losses,
-    jax_api.optax_losses,
-    jax_api.linear,
-    ce_kernels.linear,
-=======
     torch_api.patching,
     torch_api.trainers,
     jax_api.losses,
     jax_api.optax_losses,
->>>>>>> torch
+    jax_api.linear,
+    ce_kernels.linear,
 ]
 
 

@@ -68,8 +68,9 @@ def test_every_device_runs_the_kernels_on_its_own_slice(lowered, form):
     assert grad["aliases"] == [["", "0"]]
 
 
-def test_rows_alone_sharded_are_the_fused_kernel(lowered):
-    (call,) = lowered["explicit_rows"]
+@pytest.mark.parametrize("form", ["explicit_rows", "one_model_device"])
+def test_rows_alone_sharded_are_the_fused_kernel(lowered, form):
+    (call,) = lowered[form]
     assert call["kernel"] == "cross_entropy_fused_kernel"
     assert call["logits"] == "tensor<8x50304xbf16>"
 

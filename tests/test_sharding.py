@@ -1,6 +1,11 @@
 """Sharded logits in JAX on eight simulated devices: right, sharded as they came, and nothing of their size moves."""
 
+import os
 import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +22,7 @@ from tests import oracle
 from tests.cases import ALL
 from tests.conftest import HAS_GPU
 
+ROOT = Path(__file__).parent.parent
 BATCH, TIME, VOCAB = 4, 6, 32
 DEVICES = jax.devices("cpu")
 # One mode a process: on a host with a GPU the kernels are compiled, and these devices are the CPU's.
@@ -259,6 +265,21 @@ def test_axis_name_divides_by_the_weights_of_all_slices(batch, implementation):
     close(jax.jit(jax.value_and_grad(sharded, (0, 2)))(x, y, w), jax.value_and_grad(mean, (0, 2))(x, y, w))
 
 
+@each_implementation
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (2, 1)], ids=str)
+@pytest.mark.parametrize("kind", list(AxisType)[:2], ids=lambda kind: kind.name)
+def test_axis_name_on_mesh_axes_of_one_device(batch, shape, kind, implementation):
+    x, y, _, _ = batch
+    mesh = jax.make_mesh(shape, ("data", "model"), axis_types=(kind,) * 2, devices=DEVICES[: np.prod(shape)])
+
+    def local(x, y):
+        return lax.psum(none(x, y, axis_name="model", implementation=implementation), "data")
+
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=(P("data", None, "model"), P("data")), out_specs=P())
+    args = put(mesh, x, "data", None, "model"), put(mesh, y, "data")
+    close(jax.jit(jax.value_and_grad(sharded))(*args), jax.value_and_grad(none)(x, y))
+
+
 def test_axis_name_under_transforms(batch):
     x, y, _, _ = batch
 
@@ -307,6 +328,17 @@ def test_shard_map_over_some_axes_of_the_mesh(batch, kind, manual):
         )  # fmt: skip
         args = put(mesh, x, "data", "time", "model"), put(mesh, y, "data", "time")
         close(jax.jit(jax.value_and_grad(sharded))(*args), jax.value_and_grad(none)(x, y))
+
+
+@pytest.mark.skipif(HAS_GPU, reason="the interpreter needs a process without a GPU")
+def test_kernels_asked_for_where_they_cannot_run(batch):
+    x, y, _, _ = batch
+    sharded = jax.shard_map(
+        lambda x, y: mean(x, y, implementation="triton"),
+        mesh=AUTO, in_specs=(P("data"), P("data")), out_specs=P("data"), axis_names={"data"},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"got implementation='triton' where XLA shards some axes .*; write shard_map"):
+        jax.jit(lambda x, y: sharded(x, y))(x, y)
 
 
 # Rows that merge in a special way: columns 0-3 and 4-7 are two slices.
@@ -441,3 +473,26 @@ def test_any_mesh_spec_and_options(layout, kind, soft_labels, weighted, reductio
         np.asarray(grad, np.float64), np.asarray(expected[1], np.float64), rtol=tolerance, atol=tolerance
     )
     assert grad.sharding.is_equivalent_to(args[0].sharding, 3)
+
+
+def test_two_processes():
+    """A mesh over two processes, data × vocabulary, against one process."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.distributed", str(process), str(port)],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for process in range(2)
+    ]  # fmt: skip
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=240)
+            assert process.returncode == 0, err[-3000:]
+            assert "as one process" in out
+    finally:
+        for process in processes:
+            process.kill()

@@ -1,13 +1,13 @@
-"""Lowers programs for CUDA without a GPU, sharded and exported ones too, and prints what each Triton custom call holds."""
+"""Lowers programs, sharded and exported ones too, for CUDA without a GPU, and prints what each custom call holds."""
 
 import json
 import re
 import zlib
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import jax_triton
-import jax.export
 from jax._src.lib.mlir import ir
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -60,6 +60,7 @@ def row_gradients(x, y):
 def sharded_programs():
     """Training on a 2 × 4 mesh, rows over data and classes over model, by axis_name and by explicit sharding."""
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    tall = jax.make_mesh((8, 1), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
 
     def local(x, y):
         loss = jax_api.cross_entropy(x, y, reduction="sum", axis_name="model")
@@ -67,7 +68,7 @@ def sharded_programs():
 
     by_name = jax.shard_map(local, mesh=mesh, in_specs=(P("data", "model"), P("data")), out_specs=P())
 
-    def program(loss, *spec):
+    def program(loss, *spec, mesh=mesh):
         x = jax.ShapeDtypeStruct((N, V), jnp.bfloat16, sharding=NamedSharding(mesh, P(*spec)))
         y = jax.ShapeDtypeStruct((N,), jnp.int32, sharding=NamedSharding(mesh, P("data")))
         return jax.jit(jax.value_and_grad(loss)).trace(x, y)
@@ -76,6 +77,7 @@ def sharded_programs():
         "axis_name": program(by_name, "data", "model"),
         "explicit": program(jax_api.cross_entropy, "data", "model"),
         "explicit_rows": program(jax_api.cross_entropy, ("data", "model")),
+        "one_model_device": program(jax_api.cross_entropy, "data", "model", mesh=tall),
     }
 
 
