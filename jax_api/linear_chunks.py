@@ -89,7 +89,7 @@ def fused(static: LinearStatic, wanted: Wanted, head: Head, denominator: Array) 
             out, sums = carry
             each = jnp.broadcast_to(denominator, chunk.target.shape[:1])
             found, dlogits = sharding.fused(static.rows, chunk.logits, chunk.target, chunk.class_weight, each)
-            return jax.tree.map(chunk.written, out, found), _added(static, head, sums, chunk, dlogits)
+            return jax.tree.map(chunk.written, out, found), _added(static, sums, chunk, dlogits)
 
         rows = _zero_rows(static, head)
         carry = (Stats(rows, rows, rows, None), _zero_gradients(static, wanted, head))
@@ -106,7 +106,7 @@ def grad(static: LinearStatic, wanted: Wanted, head: Head, upstream: Upstream) -
         def step(sums: Gradients, chunk: _Chunk) -> Gradients:
             own = jax.tree.map(chunk.read, upstream)
             dlogits, dtarget = sharding.grad(static.rows, chunk.logits, chunk.target, chunk.class_weight, own)
-            sums = _added(static, head, sums, chunk, dlogits)
+            sums = _added(static, sums, chunk, dlogits)
             if sums.target is None or dtarget is None:
                 return sums
             return sums._replace(target=chunk.written(sums.target, dtarget))
@@ -124,11 +124,12 @@ def logits_of(static: LinearStatic, hidden: Array, weight: Array, bias: Array | 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Rows from `start` on; `fresh` are those that no chunk before has seen (None: all)."""
+    """Rows from `start` on; `fresh` are those that no chunk before has seen (None: all); weight is that of all."""
 
     start: Array | int
     fresh: Array | None
     hidden: Array
+    weight: Array
     logits: Array
     target: Array
     class_weight: Array | None
@@ -157,7 +158,7 @@ def _over_chunks[Carry](
         part = partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=rows)
         fresh = None if count * rows == n_rows else start + jnp.arange(rows) >= i * rows
         logits = logits_of(static, part(hidden), weight, head.bias)
-        chunk = _Chunk(start, fresh, part(hidden), logits, part(head.target), head.class_weight)
+        chunk = _Chunk(start, fresh, part(hidden), weight, logits, part(head.target), head.class_weight)
         return step(carry, chunk), None
 
     if count == 1:
@@ -188,11 +189,11 @@ def _zeros(head: Head, shape: tuple[int, ...], dtype) -> Array:
     return vary(jnp.zeros(shape, dtype), varying_axes(head.hidden))
 
 
-def _added(static: LinearStatic, head: Head, sums: Gradients, chunk: _Chunk, dlogits: Array) -> Gradients:
+def _added(static: LinearStatic, sums: Gradients, chunk: _Chunk, dlogits: Array) -> Gradients:
     """sums with this chunk's dhidden written, and its dweight and dbias added."""
     dhidden, dweight, dbias = sums.hidden, sums.weight, sums.bias
     if dhidden is not None:
-        dhidden = chunk.written(dhidden, _matmul(dlogits, head.weight.astype(static.dtype), 1, static.class_axis))
+        dhidden = chunk.written(dhidden, _matmul(dlogits, chunk.weight, 1, static.class_axis))
     if dweight is not None:
         # Rows seen before count as zeros.
         hidden = chunk.hidden if chunk.fresh is None else jnp.where(chunk.fresh[:, None], chunk.hidden, 0.0)

@@ -47,7 +47,11 @@ class LinearLoss(Function):
             dloss = (g / denominator).expand(len(lse))
             gradients = LinearGradients.apply(*head, lse, target_sum, dloss, None, ctx.static, [*wanted, False])[:3]
         elif tracing.is_opaque(g):
-            gradients = [(x * g).to(x.dtype) if want else None for x, want in zip(saved, wanted, strict=True)]
+            # In g's dtype: PyTorch would round a 0-d g to bf16 first.
+            gradients = [
+                (x.to(torch.promote_types(x.dtype, g.dtype)) * g).to(x.dtype) if want else None
+                for x, want in zip(saved, wanted, strict=True)
+            ]
         else:
             ctx.spent = True
             # `.data`: their receiver may write to them (.grad accumulates in place) without invalidating this node.
