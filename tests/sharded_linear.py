@@ -13,7 +13,13 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.functional import linear
 
 from tests.sharded import OPTIONS, N, V, close, make, same_everywhere
-from torch_api import cross_entropy, cross_entropy_rows, linear_cross_entropy, linear_cross_entropy_rows
+from torch_api import (
+    LinearCrossEntropyLoss,
+    cross_entropy,
+    cross_entropy_rows,
+    linear_cross_entropy,
+    linear_cross_entropy_rows,
+)
 
 D = 5
 
@@ -71,7 +77,9 @@ def rows_and_compile(rank, size):
         grads = torch.autograd.grad((found.lse.square() + found.loss).sum(), (hidden, weight, bias))
         close(grads[0], right[0])
         close(grads[1], right[1].chunk(size)[rank])
-    loss = linear_cross_entropy(hidden, weight, labels, bias, **options)
+    criterion = LinearCrossEntropyLoss(max_logits_bytes=options["max_logits_bytes"])
+    loss = criterion(hidden, weight, labels, bias, process_group=dist.group.WORLD)
+    close(loss, cross_entropy(linear(*whole), labels))
     (first,) = torch.autograd.grad(loss, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="got forward mode or a second derivative of a sharded"):
         torch.autograd.grad(first.sum(), hidden)

@@ -1,11 +1,16 @@
 """The module form of `torch_api.linear_cross_entropy`."""
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 from ce_kernels import Options
 from ce_kernels.linear import MAX_LOGITS_BYTES, Accumulation, check_chunking
 from ce_kernels.spec import Implementation, Reduction, check_implementation, check_reduction
 from torch_api.linear import linear_cross_entropy
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class LinearCrossEntropyLoss(nn.Module):
@@ -67,6 +72,7 @@ class LinearCrossEntropyLoss(nn.Module):
         bias: Tensor | None = None,
         *,
         denominator: float | Tensor | None = None,
+        process_group: "ProcessGroup | None" = None,
     ) -> Tensor:
         """The loss of `hidden @ weight.T + bias` for labels; denominator replaces the module's own."""
         return linear_cross_entropy(
@@ -84,6 +90,7 @@ class LinearCrossEntropyLoss(nn.Module):
             denominator=self.denominator if denominator is None else denominator,
             max_logits_bytes=self.max_logits_bytes,
             accumulation=self.accumulation,
+            process_group=process_group,
             implementation=self.implementation,
         )
 
