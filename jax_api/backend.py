@@ -62,7 +62,7 @@ def compute_capability() -> int | None:
     if jax.default_backend() != "gpu":
         return BASELINE_CAPABILITY
     found = {str(device.compute_capability) for device in jax.devices()}
-    if len(found) == 1:
+    if len(found) <= 1:
         return None
     return min(int(capability.replace(".", "")) for capability in found)
 

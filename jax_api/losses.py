@@ -23,7 +23,7 @@ from ce_kernels.spec import Implementation, Reduction, check_reduction, fail
 from jax_api.backend import choose_implementation
 from jax_api.launch import vary, varying_axes
 from jax_api.reference import compute_dtype, ignored_rows, is_soft
-from jax_api.rules import mean_loss, row_losses
+from jax_api.rules import in_reverse_mode, mean_loss, row_losses
 from jax_api.sharding import aligned, label_weights
 from jax_api.static import Static
 
@@ -107,14 +107,14 @@ def cross_entropy(
     static = Static(rows.options, choose_implementation(implementation), axis_name=names)
     if reduction == "none":
         arrays = aligned(rows.logits, rows.target, rows.weight, names)
-        return row_losses(static, *arrays).loss.reshape(rows.shape)
+        return in_reverse_mode(row_losses, static, *arrays).loss.reshape(rows.shape)
     divisor = jnp.ones((), compute_dtype(rows.logits)) if reduction == "sum" else _divisor(rows, denominator, names)
     arrays = aligned(rows.logits, rows.target, rows.weight, names, divisor)
     if names or rows.logits.dtype == jnp.float16:
         # Slices of the vocabulary must be merged before their gradient is known. fp16: loss scaling exists because
         # p / N is below its range, so round only after the upstream gradient is known.
-        return row_losses(static, *arrays).loss.sum() / divisor
-    return mean_loss(static, *arrays, vary(divisor, varying_axes(arrays[0])))
+        return in_reverse_mode(row_losses, static, *arrays).loss.sum() / divisor
+    return in_reverse_mode(mean_loss, static, *arrays, vary(divisor, varying_axes(arrays[0])))
 
 
 def cross_entropy_rows(
@@ -156,7 +156,7 @@ def cross_entropy_rows(
     rows = _rows(logits, labels, weight, axis, options)
     names = _names(axis_name)
     static = Static(rows.options, choose_implementation(implementation), with_argmax=True, axis_name=names)
-    out = row_losses(static, *aligned(rows.logits, rows.target, rows.weight, names))
+    out = in_reverse_mode(row_losses, static, *aligned(rows.logits, rows.target, rows.weight, names))
     return RowOutputs(*(array.reshape(rows.shape) for array in (out.loss, out.lse, out.predicted)))  # pyright: ignore
 
 

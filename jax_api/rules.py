@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ce_kernels.spec import fail
 from jax_api import reference, sharding
 from jax_api.reference import Upstream, is_soft
 from jax_api.slices import part_of, tracks_varying
@@ -148,3 +149,21 @@ def weight_gradient(static: Static, logits: Array, target: Array, weight: Array 
     safe, labels = reference.without_dead_rows(static, logits, target, weight, (dloss, None), part)
     lse = reference.stats(static, safe, labels, weight, part, static.axis_name).lse
     return reference.weight_grad(static.options, safe, labels, weight, lse, dloss, part)
+
+
+def in_reverse_mode[R](function: Callable[..., R], *arguments) -> R:
+    """function of these rules on arguments, with an error that says what to write where forward mode meets it.
+
+    JAX has no forward mode for custom reverse rules. Under jit it finds out when it lowers, and says so itself.
+    """
+    try:
+        return function(*arguments)
+    except TypeError as error:
+        if "forward-mode autodiff" not in str(error):
+            raise
+    fail(
+        TypeError,
+        "forward-mode differentiation (jax.jvp, jax.jacfwd, jax.hessian) of a loss",
+        "reverse mode, as the gradient is a kernel",
+        "jax.vjp or jax.jacrev; jax.jacrev(jax.grad(f)) for a Hessian",
+    )

@@ -95,12 +95,9 @@ def _explicit(body: Callable, names: Names, mesh: Any, *arrays):
         return body(names, *arrays)
     rank = len(spec)
     *rows, weight = arrays
-    specs = [None if array is None else _spec(spec, array.ndim, rank) for array in rows]
-    specs.append(None if weight is None else PartitionSpec(spec[-1]))
-    arrays = [
-        own if own is None or array is None else jax.sharding.reshard(array, NamedSharding(mesh, own))
-        for array, own in zip(arrays, specs, strict=True)
-    ]
+    specs = jax.tree.map(lambda array: _spec(spec, array.ndim, rank), (*rows, None))
+    specs = (*specs[:-1], None if weight is None else PartitionSpec(spec[-1]))
+    arrays = jax.tree.map(lambda array, own: jax.sharding.reshard(array, NamedSharding(mesh, own)), arrays, specs)
     shapes = jax.eval_shape(
         partial(body, names), *jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), arrays)
     )
@@ -108,7 +105,7 @@ def _explicit(body: Callable, names: Names, mesh: Any, *arrays):
     return jax.shard_map(
         partial(body, names + names_of(spec[-1])),
         mesh=mesh,
-        in_specs=tuple(specs),
+        in_specs=specs,
         out_specs=jax.tree.map(lambda shape: _spec(spec, len(shape.shape), rank), shapes),
         axis_names=used,
         check_vma=not manual or tracks_varying(manual),

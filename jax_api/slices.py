@@ -75,12 +75,14 @@ def _merge(out: Stats, names: Names) -> Stats:
     loss, lse, s, predicted = out
     top = lax.pmax(lse, names)
     base = jnp.where(top == -jnp.inf, 0.0, top)
-    loss = jnp.where(s == 0, loss, loss + s * (base - lse))
+    masked = lse == -jnp.inf
+    loss = loss + s * jnp.where(masked, 0.0, base - lse)
     # Mass on a slice of only masked classes: infinitely wrong, and undefined where the whole row is masked.
-    loss = jnp.where((lse == -jnp.inf) & (s != 0), jnp.where(top == -jnp.inf, jnp.nan, s * jnp.inf), loss)
+    wrong = jnp.where(top == -jnp.inf, jnp.nan, jnp.copysign(jnp.inf, s))
+    loss = jnp.where(masked & (s != 0), wrong, loss)
     d, loss, s = lax.psum((jnp.exp(lse - base), loss, s), names)
     log_d = jnp.log(d)
-    return Stats(loss + jnp.where(s == 0, 0.0, s * log_d), base + log_d, s, predicted)
+    return Stats(loss + s * jnp.where(s == 0, 0.0, log_d), base + log_d, s, predicted)
 
 
 def _merge_predicted(static: Static, logits: Array, predicted: Array, names: Names) -> Array:
