@@ -13,6 +13,7 @@ test: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2
+	$(MAKE) test-jax-next
 
 # The newest JAX: it alone is installed beside the first environment, whose packages serve for the rest.
 JAX_NEXT := 0.12.0.1

@@ -35,17 +35,17 @@ def host_us(function: Callable[[], object]) -> float:
 
 def recorded(function: Callable[[], object]) -> list[Callable[[], object]]:
     """The bare launches that a call makes, each with the very arguments it passes."""
-    launches, run = [], launch._launch
+    launches, run = [], launch.run_kernel
 
     def record(kernel, grid, device, arguments, keywords):
         launches.append(lambda: kernel[grid](*arguments, **keywords))
         run(kernel, grid, device, arguments, keywords)
 
-    launch._launch = record
+    launch.run_kernel = record
     try:
         function()
     finally:
-        launch._launch = run
+        launch.run_kernel = run
     return launches
 
 
@@ -88,7 +88,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no GPU: launches are left out, and the label check of CPU tensors")
-        launch._launch = lambda *_: None
+        launch.run_kernel = lambda *_: None
         from torch_api import arguments
 
         arguments.check_labels = lambda *_: None

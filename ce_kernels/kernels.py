@@ -5,6 +5,8 @@
     cross_entropy_fused_kernel   both in one launch                one program (or cluster of them) a row, one read from
                                                                    memory and one meant for L2, one write
 
+and what stands around them in a training step: `count_kernel`, `mean_kernel`, `scale_kernel`.
+
 A row may be a slice of the vocabulary that starts at `vocab_start`; slices merge by lse = log Σ exp(lse_j),
 loss = Σ loss_j + s_j·(lse − lse_j). An argument that is None removes its code.
 
@@ -262,6 +264,34 @@ def cross_entropy_fused_kernel(
         zeros = tl.zeros([BLOCK], dlogits_row_ptr.dtype.element_ty)
         for step in tl.range(0, END, BLOCK):
             store_block(dlogits_row_ptr, zeros, step, shift, True, N_CLASSES, WIDE_STORES, BLOCK, GROUP, SHIFTED)
+
+
+@triton.jit(do_not_specialize=["n"])
+def mean_kernel(values_ptr, divisor_ptr, out_ptr, n, SUM_DIVISOR: tl.constexpr, BLOCK: tl.constexpr):
+    """One program in all: Σ values / divisor, or with SUM_DIVISOR Σ values / Σ divisors, over n rows.
+
+    Bytes: the row vectors once. Algorithm: sums per lane, then over lanes; the same order every time.
+    """
+    values = tl.zeros([BLOCK], values_ptr.dtype.element_ty)
+    divisors = tl.zeros([BLOCK], values_ptr.dtype.element_ty)
+    for start in tl.range(0, n, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        values += tl.load(values_ptr + rows, mask=rows < n, other=0.0)
+        if SUM_DIVISOR:
+            divisors += tl.load(divisor_ptr + rows, mask=rows < n, other=0.0)
+    divisor = tl.sum(divisors, axis=0) if SUM_DIVISOR else tl.load(divisor_ptr)
+    tl.store(out_ptr, tl.sum(values, axis=0) / divisor)
+
+
+@triton.jit(do_not_specialize=["ignore_index", "n"])
+def count_kernel(target_ptr, ignore_index, out_ptr, n, BLOCK: tl.constexpr):
+    """One program in all: how many of n labels are not ignore_index. Bytes: the labels once."""
+    counts = tl.zeros([BLOCK], tl.int32)
+    for start in tl.range(0, n, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        labels = tl.load(target_ptr + rows, mask=rows < n, other=0).to(tl.int64)
+        counts += tl.where((labels != ignore_index) & (rows < n), 1, 0)
+    tl.store(out_ptr, tl.sum(counts, axis=0).to(out_ptr.dtype.element_ty))
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from ce_kernels.checks import (
     label_error,
 )
 from ce_kernels.spec import fail
-from torch_api import tracing
+from torch_api import reductions, tracing
 from torch_api.launch import choose_implementation
 from torch_api.reference import compute_dtype, is_ignored
 from torch_api.rows import Inputs, RowSpec
@@ -142,7 +142,9 @@ def divisor(inputs: Inputs, spec: RowSpec, denominator: float | Tensor | None) -
     if inputs.weight is None:
         if spec.options.ignore_index is None:
             return inputs.target.numel()
-        return (inputs.target != spec.options.ignore_index).sum(dtype=dtype)
+        if not tracing.is_eager(inputs.target):
+            return (inputs.target != spec.options.ignore_index).sum(dtype=dtype)
+        return reductions.count(inputs.target, spec.options.ignore_index, dtype, spec)
     label = inputs.target.long()
     valid = (label >= 0) & (label < inputs.weight.shape[0])
     # An invalid label makes the mean NaN by its loss; counted as 1, it leaves the other rows' gradients finite.

@@ -130,7 +130,7 @@ def scale_(values: Tensor, scale: Tensor, implementation: str) -> None:
         # A few programs a multiprocessor: enough to fill a device, few enough to cost nothing with nothing to do.
         block, programs = 4096, 1024
         grid = (min(programs, -(-values.numel() // block)),)
-        _launch(scale_kernel, grid, values.device, (values, scale, values.numel()), {"BLOCK": block, "num_warps": 8})
+        run_kernel(scale_kernel, grid, values.device, (values, scale, values.numel()), {"BLOCK": block, "num_warps": 8})
 
 
 def _plain_stats(inputs: Inputs, spec: RowSpec, with_argmax: bool) -> Stats:
@@ -298,10 +298,10 @@ def _run(call: _Call, logits: Tensor, tensors: Mapping[str, Tensor | None]) -> N
         if call.vocab_start is not None:
             keywords["vocab_start_ptr"] = torch.full((), call.vocab_start, dtype=torch.int64, device=device)
     kernel = getattr(kernels, call.kernel)
-    _launch(kernel, call.grid, logits.device, (logits,), {**tensors, **keywords})
+    run_kernel(kernel, call.grid, logits.device, (logits,), {**tensors, **keywords})
 
 
-def _launch(kernel: Any, grid: tuple[int], device: torch.device, arguments: tuple, keywords: dict[str, Any]) -> None:
+def run_kernel(kernel: Any, grid: tuple[int], device: torch.device, arguments: tuple, keywords: dict[str, Any]) -> None:
     # A guard costs 3 µs, and the device is nearly always the current one.
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         kernel[grid](*arguments, **keywords)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ce_kernels.spec import Implementation, Reduction, check_reduction, fail
-from torch_api import donation, layout, tracing
+from torch_api import donation, layout, reductions, tracing
 from torch_api.arguments import Choices, checked, divisor
 from torch_api.reference import compute_dtype
 from torch_api.rows import Inputs, Reducing, RowSpec
@@ -216,4 +216,4 @@ def _mean_without_gradient(inputs: Inputs, spec: RowSpec) -> Tensor:
     if spec.options.label_smoothing:
         return out.loss.sum() / divisor(inputs, spec, None)
     # s = Σq of a hard label is its weight: 0 where it is ignored, NaN where it is invalid, as is the loss.
-    return out.loss.sum() / out.target_sum.sum()
+    return reductions.ratio(out.loss, out.target_sum, spec)

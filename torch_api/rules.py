@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ce_kernels.spec import fail
-from torch_api import launch, ops, reference, tracing
+from torch_api import launch, ops, reductions, reference, tracing
 from torch_api.batching import to_rows
 from torch_api.rows import Inputs, RowSpec, Stats, Upstream
 
@@ -172,7 +172,7 @@ class FusedLoss(Function):
             ctx.save_for_backward(taken(logits, dlogits))
         else:
             ctx.save_for_backward(dlogits, logits, target, weight, out.lse, out.target_sum, denominator)
-        return out.loss.sum() / denominator
+        return reductions.mean(out.loss, denominator, spec)
 
     @staticmethod
     def backward(ctx, g):
