@@ -1,24 +1,35 @@
-"""Command line: `python -m benchmarks run [--out FILE]` and `python -m benchmarks report`."""
+"""Command line: `python -m benchmarks run`, `report` and `tune`."""
 
 import argparse
 from pathlib import Path
-
-from benchmarks.report import RESULTS, report
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="time every contender on this machine's GPU, after checking its result")
-    run.add_argument("--out", type=Path, default=RESULTS)
-    commands.add_parser("report", help="write the results' tables into the README")
+    run.add_argument("--out", type=Path, help="a JSON file; by default in benchmarks/results, named by GPU and date")
+    commands.add_parser("report", help="write the newest results' tables and plots into the README")
+    tune = commands.add_parser("tune", help="search for a faster row of ce_kernels/tuning.py")
+    tune.add_argument("kernel", choices=("fused", "stats", "grad"))
+    tune.add_argument("n_rows", type=int)
+    tune.add_argument("n_classes", type=int)
+    tune.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     arguments = parser.parse_args()
+    # Each command imports what it needs: only `run` and `tune` need a GPU.
     if arguments.command == "report":
+        from benchmarks.report import report
+
         report()
-    else:
+    elif arguments.command == "run":
         from benchmarks.run import run as run_benchmarks
 
         run_benchmarks(arguments.out)
+    else:
+        from benchmarks.tune import tune as search
+
+        for timed in search(arguments.kernel, arguments.n_rows, arguments.n_classes, arguments.dtype)[:10]:
+            print(f"{timed.ratio:.3f} × copy  {timed.config}")
 
 
 if __name__ == "__main__":

@@ -1,41 +1,117 @@
-"""Writes the committed results into the README, between its markers."""
+"""Writes the newest committed results into the README, between its markers, and into its plots."""
 
 import json
 from pathlib import Path
 
+from benchmarks.names import ORDER, OURS_JAX, OURS_TORCH
+
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "h200.json"
+RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
-CONTENDERS = ("ce-kernels torch", "ce-kernels JAX", "torch", "torch.compile", "Liger", "Optax")
 
 
-def table(results: dict) -> str:
-    """Training step as a multiple of copying the logits once; forward as a fraction of the read ceiling."""
-    names = [name for name in CONTENDERS if all(name in shape for shape in results["shapes"])]
+def newest() -> Path:
+    """The results with the latest date in their name."""
+    return max(RESULTS.glob("*.json"), key=lambda path: path.stem[-len("2026-01-01") :])
+
+
+def read() -> dict:
+    """The newest results."""
+    return json.loads(newest().read_text())
+
+
+def ratio(shape: dict, name: str, kind: str = "train") -> str:
+    """A contender's time as a multiple of copying the logits once; a dash where it was not timed."""
+    if kind not in shape.get(name, {}):
+        return "–"
+    return f"{shape[name][kind]['ms'] / shape['copy_ms']:.2f}"
+
+
+def of_ceiling(shape: dict, name: str) -> str:
+    """A forward pass as the fraction of the read ceiling that it reaches."""
+    return f"{shape['read_ms'] / shape[name]['forward']['ms']:.0%}"
+
+
+def rows(header: list[str], lines: list[list[str]]) -> list[str]:
+    """A Markdown table."""
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *lines)]
+
+
+def training_table(results: dict) -> list[str]:
+    """Training step by shape and contender; `none` and forward of ours."""
+    shapes = results["shapes"]
+    names = [name for name in ORDER if any(name in shape for shape in shapes)]
     lines = [
-        "| N×V | " + " | ".join(names) + " | forward, torch | forward, JAX |",
-        "|---" * (len(names) + 3) + "|",
+        [
+            f"{shape['name']} {shape['n_rows']}×{shape['n_classes']}",
+            *(ratio(shape, name) for name in names),
+            ratio(shape, OURS_TORCH, "none"),
+            of_ceiling(shape, OURS_TORCH),
+            of_ceiling(shape, OURS_JAX),
+        ]
+        for shape in shapes
     ]
-    for shape in results["shapes"]:
-        cells = [f"{shape['name']} {shape['n_rows']}×{shape['n_classes']}"]
-        cells += [f"{shape[name]['train_ms'] / shape['copy_ms']:.2f}" for name in names]
-        for name in ("ce-kernels torch", "ce-kernels JAX"):
-            cells.append(f"{shape['read_ms'] / shape[name]['forward_ms']:.0%}")
-        lines.append("| " + " | ".join(cells) + " |")
+    return rows(["N×V", *names, "`none`", "forward, torch", "forward, JAX"], lines)
+
+
+def options_table(results: dict) -> list[str]:
+    """Each option's training step against the plain one."""
+    times = results["options"]["times"]
+    plain, floor = times["plain"]["ms"], times["read two, write one"]["ms"]
+    names = [name for name in times if name not in ("plain", "copy", "read two, write one", "soft targets")]
+    cells = [f"{times[name]['ms'] / plain:.2f}" for name in names]
+    return rows(
+        [*names, "soft targets, to reading both and writing one"],
+        [[*cells, f"{times['soft targets']['ms'] / floor:.2f}"]],
+    )
+
+
+def memory_table(results: dict) -> list[str]:
+    """Peak memory of a training step beyond the logits, in multiples of the logits."""
+    shape = next(shape for shape in results["shapes"] if shape["name"] == "Llama 3")
+    size = 2 * shape["n_rows"] * shape["n_classes"]
+    found = [
+        (name, shape[name].get("peak_bytes", shape[name].get("temporary_bytes")))
+        for name in ORDER
+        if name in shape and ("peak_bytes" in shape[name] or "temporary_bytes" in shape[name])
+    ]
+    return rows([name for name, _ in found], [[f"{held / size:.2f}" for _, held in found]])
+
+
+def section(results: dict) -> str:
+    """All that stands between the markers."""
     about = results["environment"]
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-    lines += ["", f"{about['gpu']}, {about['date']}, commit {about['commit']}; {versions}."]
+    lines = [
+        *training_table(results),
+        "",
+        "Options, as multiples of the plain training step at 4096×128256:",
+        "",
+        *options_table(results),
+        "",
+        "Peak memory of a training step at 4096×128256 beyond the logits (JAX: temporary memory, logits donated), as",
+        "multiples of the logits:",
+        "",
+        *memory_table(results),
+        "",
+        "![Training step against vocabulary and rows](docs/speed.svg)",
+        "",
+        f"{about['gpu']}, driver {about['driver']}, {about['date']}, commit {about['commit']}; {versions}.",
+    ]
     return "\n".join(lines)
 
 
 def updated_readme() -> str:
-    """The README with the table of the committed results."""
+    """The README with the newest results."""
     text = (ROOT / "README.md").read_text()
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{table(json.loads(RESULTS.read_text()))}\n{END}{after}"
+    return f"{before}{BEGIN}\n{section(read())}\n{END}{after}"
 
 
 def report() -> None:
-    """Rewrites the README's table."""
+    """Rewrites the README's tables and plots."""
+    from benchmarks.plots import draw
+
     (ROOT / "README.md").write_text(updated_readme())
+    draw(read(), ROOT / "docs" / "speed.svg")

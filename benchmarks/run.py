@@ -1,11 +1,12 @@
-"""Times a training step and a forward pass of every contender that imports, as multiples of copying the logits once."""
+"""Times every contender at every shape, our options at one, and how our cost grows; writes one JSON file."""
 
 import datetime
-import importlib
 import importlib.metadata
 import json
 import platform
 import subprocess
+import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,35 +14,30 @@ import torch
 import torch.nn.functional as F
 
 import torch_api
-from benchmarks.shapes import SHAPES, Shape
-from benchmarks.timing import cuda_ms, jax_ms, mistake
+from benchmarks.contenders import jax_contenders, torch_contenders
+from benchmarks.growth import growth
+from benchmarks.names import OURS_JAX, OURS_TORCH, OVERWRITES
+from benchmarks.shapes import LLAMA3, SHAPES, Shape
+from benchmarks.timing import cuda_ms, interleaved, jax_ms, mistake, peak_bytes
 
 CHECKED_ROWS = 64
+ROTATED_BYTES = 2**28  # several times the L2 cache
 
 
-def torch_contenders() -> dict:
-    """Loss functions of (logits, labels) by name, as mean over rows."""
-    contenders = {
-        "ce-kernels torch": torch_api.cross_entropy,
-        "torch": F.cross_entropy,
-        "torch.compile": torch.compile(F.cross_entropy),
-    }
-    try:
-        liger = importlib.import_module("liger_kernel.transformers.functional")
-    except ImportError as error:
-        print(f"no Liger: {error}")
-    else:
-        contenders["Liger"] = liger.liger_cross_entropy
-    return contenders
+def problem(shape: Shape, dtype: torch.dtype = torch.bfloat16) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Enough copies of the logits, as results of an operation, to outgrow the caches; and labels."""
+    torch.manual_seed(0)
+    logits = (torch.randn(shape.n_rows, shape.n_classes, device="cuda") * 3).to(dtype)
+    copies = max(1, ROTATED_BYTES // logits.nbytes)
+    labels = torch.randint(0, shape.n_classes, (shape.n_rows,), device="cuda")
+    return [logits.clone().requires_grad_() * 1 for _ in range(copies)], labels
 
 
 def expected(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, torch.Tensor]:
     """The mean loss, and the gradient of the first rows, in fp64."""
-    total = sum(
-        F.cross_entropy(rows.double(), labels_, reduction="sum").item()
-        for rows, labels_ in zip(logits.split(256), labels.split(256), strict=True)
-    )
-    leaf = logits[:CHECKED_ROWS].double().requires_grad_()
+    parts = zip(logits.detach().split(256), labels.split(256), strict=True)
+    total = sum(F.cross_entropy(rows.double(), classes, reduction="sum").item() for rows, classes in parts)
+    leaf = logits[:CHECKED_ROWS].detach().double().requires_grad_()
     part = F.cross_entropy(leaf, labels[:CHECKED_ROWS], reduction="sum") / len(labels)
     return total / len(labels), torch.autograd.grad(part, leaf)[0]
 
@@ -51,119 +47,196 @@ def read_ms(logits: torch.Tensor) -> float:
     from benchmarks.ceiling import read_kernel
 
     block = 16384
-    words = logits.flatten().view(torch.int32)
+    words = logits.detach().flatten().view(torch.int32)
     out = torch.empty(words.numel() // block, dtype=torch.int32, device="cuda")
     return cuda_ms(lambda: read_kernel[(len(out),)](words, out, BLOCK=block, num_warps=16))  # pyright: ignore
 
 
 def refused(name: str, loss: torch.Tensor, gradient: torch.Tensor, right: tuple) -> bool:
     """Whether a contender's result is too wrong to be timed; raises if it is ours."""
-    # One unit in the last place of bf16; eager PyTorch rounds log-probabilities to bf16, and exponentiates those.
-    wrong = mistake(loss, gradient, right, rtol=0.1 if name == "torch" else 2.0**-7)
-    if wrong and name.startswith("ce-kernels"):
+    # One unit in the last place of bf16; some peers round log-probabilities to bf16, and exponentiate those.
+    wrong = mistake(loss, gradient, right, rtol=0.1 if name in ("torch", "Optax, bf16") else 2.0**-7)
+    if wrong and name in (OURS_TORCH, OURS_JAX):
         raise AssertionError(f"{name}: {wrong}")
     if wrong:
         print(f"{name} is wrong and not timed: {wrong}", flush=True)
     return bool(wrong)
 
 
-def time_torch(logits: torch.Tensor, labels: torch.Tensor, right: tuple) -> dict:
-    """Milliseconds of a training step and of a forward pass by contender."""
-    times = {}
-    leaf = logits.requires_grad_()
+def train(loss, logits, labels, **options):
+    """Loss and gradient with respect to the logits, which are no leaf."""
+    value = loss(logits, labels, **options)
+    return value, torch.autograd.grad(value, logits)[0]
+
+
+def forward(loss, logits, labels, **options):
+    """The loss without a gradient."""
+    with torch.no_grad():
+        return loss(logits.detach(), labels, **options)
+
+
+def time_torch(buffers: list[torch.Tensor], labels: torch.Tensor, right: tuple) -> dict:
+    """Training step and forward pass by contender, and copying the logits once."""
+    into = torch.empty_like(buffers[0])
+    functions: dict[tuple[str, str], Callable[[int], object]] = {
+        ("copy", ""): lambda turn: into.copy_(buffers[turn % len(buffers)].detach())
+    }
+    result: dict = {}
     for name, loss in torch_contenders().items():
 
-        def step(name=name, loss=loss):
-            value = loss(leaf * 1 if name == "Liger" else leaf, labels)
-            return value, torch.autograd.grad(value, leaf)[0]
+        def own(turn, name=name):
+            logits = buffers[turn % len(buffers)]
+            return logits * 1 if name in OVERWRITES else logits
 
-        value, gradient = step()
+        started = time.perf_counter()
+        value, gradient = train(loss, own(0), labels)
+        torch.cuda.synchronize()
+        first_call = time.perf_counter() - started
         if refused(name, value, gradient, right):
             continue
         del gradient
-        times[name] = {"train": cuda_ms(step)}
-        if name == "Liger":
-            # It overwrites its input, so it got a copy: that copy is not its own time.
-            times[name]["train"] -= cuda_ms(lambda: leaf * 1)
+        result[name] = {"first_call_s": first_call}
+        if name not in OVERWRITES:
+            result[name]["peak_bytes"] = peak_bytes(lambda loss=loss: train(loss, buffers[0], labels))
+            functions[name, "forward"] = lambda turn, loss=loss: forward(loss, buffers[turn % len(buffers)], labels)
+        functions[name, "train"] = lambda turn, loss=loss, own=own: train(loss, own(turn), labels)
+    upstream = torch.randn(len(labels), device="cuda")
+
+    def rows(turn):
+        logits = buffers[turn % len(buffers)]
+        return torch.autograd.grad(torch_api.cross_entropy(logits, labels, reduction="none"), logits, upstream)
+
+    functions[OURS_TORCH, "none"] = rows
+    if any(name in result for name in OVERWRITES):
+        functions["own copy", ""] = lambda turn: buffers[turn % len(buffers)] * 1
+    times = interleaved(functions)
+    for (name, kind), timing in times.items():
+        if not kind:
+            result[f"{name.replace(' ', '_')}_ms"] = timing["ms"]
         else:
-            with torch.no_grad():
-                times[name]["forward"] = cuda_ms(lambda loss=loss: loss(logits, labels))
-    return times
+            if name in OVERWRITES:
+                timing = {key: ms - times["own copy", ""]["ms"] for key, ms in timing.items()}
+            result[name][kind] = timing
+    return result
 
 
-def time_jax(logits: torch.Tensor, labels: torch.Tensor, right: tuple) -> dict:
-    """Milliseconds of jax.jit(jax.value_and_grad(loss)) by contender; logits are donated, as a model's own are dead."""
+def time_jax(logits: torch.Tensor, labels: torch.Tensor, right: tuple, repeats: int = 7) -> dict:
+    """jax.jit(jax.value_and_grad(loss)) and the forward by contender; logits donated, as a model's own are dead."""
     import jax
     import jax.numpy as jnp
-    import optax
 
-    import jax_api
-
-    y = jnp.from_dlpack(labels.int())
-    x = jnp.from_dlpack(logits.detach())
-
-    def optax_mean(x, y):
-        return optax.softmax_cross_entropy_with_integer_labels(x.astype(jnp.float32), y).mean()
-
-    times = {}
-    for name, loss in {"ce-kernels JAX": jax_api.cross_entropy, "Optax": optax_mean}.items():
+    y, x = jnp.from_dlpack(labels.int()), jnp.from_dlpack(logits.detach())
+    result = {}
+    for name, loss in jax_contenders().items():
         step = jax.jit(jax.value_and_grad(loss), donate_argnums=0)
-        value, gradient = step(x + 0, y)
+        started = time.perf_counter()
+        compiled = step.lower(x, y).compile()
+        first_call = time.perf_counter() - started
+        value, gradient = compiled(x + 0, y)
         if refused(name, torch.from_dlpack(value), torch.from_dlpack(gradient), right):
             continue
         del gradient
-        times[name] = {"train": jax_ms(lambda x, step=step: step(x, y)[0], [x + 0 for _ in range(9)])}
-        forward = jax.jit(loss)
-        times[name]["forward"] = jax_ms(lambda x, forward=forward: forward(x, y), [x] * 9)
-    return times
+        memory = compiled.memory_analysis()
+        assert memory is not None
+        evaluate = jax.jit(loss)
+        result[name] = {
+            "first_call_s": first_call,
+            "temporary_bytes": int(memory.temp_size_in_bytes),
+            "train": jax_ms(lambda x, step=compiled: step(x, y)[0], [x + 0 for _ in range(repeats + 1)]),
+            "forward": jax_ms(lambda x, evaluate=evaluate: evaluate(x, y), [x] * (repeats + 1)),
+        }
+    return result
 
 
 def run_shape(shape: Shape) -> dict:
     """One shape: every contender checked, then timed."""
-    torch.manual_seed(0)
-    logits = torch.randn(shape.n_rows, shape.n_classes, device="cuda", dtype=torch.bfloat16) * 3
-    labels = torch.randint(0, shape.n_classes, (shape.n_rows,), device="cuda")
-    right = expected(logits, labels)
-    into = torch.empty_like(logits)
-    copy = cuda_ms(lambda: into.copy_(logits))
-    result = {**shape._asdict(), "copy_ms": copy, "read_ms": read_ms(logits)}
-    times = time_torch(logits, labels, right)
-    logits.requires_grad_(False)
+    buffers, labels = problem(shape)
+    right = expected(buffers[0], labels)
+    result = {**shape._asdict(), "read_ms": read_ms(buffers[0]), **time_torch(buffers, labels, right)}
+    logits = buffers[0].detach()
+    del buffers
     torch.cuda.empty_cache()
-    times |= time_jax(logits, labels, right)
-    for name, timed in times.items():
-        result[name] = {f"{kind}_ms": ms for kind, ms in timed.items()}
-        shown = ", ".join(f"{kind} {ms / copy:.3f}" for kind, ms in timed.items())
-        print(f"{shape.name:14} {name:18} {shown} × copy", flush=True)
+    result |= time_jax(logits, labels, right)
+    for name, found in result.items():
+        if isinstance(found, dict):
+            shown = ", ".join(f"{kind} {found[kind]['ms'] / result['copy_ms']:.3f}" for kind in found if kind in KINDS)
+            print(f"{shape.name:22} {name:18} {shown} × copy", flush=True)
     return result
+
+
+KINDS = ("train", "forward", "none")
+
+
+def options() -> dict:
+    """What each option adds to our training step: multiples of the plain one, interleaved with it."""
+    shape = Shape("Llama 3", 4096, LLAMA3)
+    (logits,), labels = problem(shape)
+    half = torch.where(torch.arange(len(labels), device="cuda") % 2 == 0, labels, -100)
+    weight = torch.rand(shape.n_classes, device="cuda") + 0.5
+    soft = torch.softmax(torch.randn(len(labels), shape.n_classes, device="cuda"), -1).to(logits.dtype)
+    into, other = torch.empty_like(logits), torch.empty_like(logits)
+    scalar = torch.tensor(3.0, device="cuda")
+    loss = torch_api.cross_entropy
+
+    def step(targets=labels, upstream=None, **chosen):
+        value = loss(logits, targets, **chosen)
+        return torch.autograd.grad(value, logits, upstream)
+
+    def read_two_write_one(_):
+        torch.add(logits.detach(), soft, out=other)
+
+    functions = {
+        "plain": lambda _: step(),
+        "class weights": lambda _: step(weight=weight),
+        "label smoothing": lambda _: step(label_smoothing=0.1),
+        "z-loss": lambda _: step(z_loss=1e-4),
+        "soft cap": lambda _: step(softcap=30.0),
+        "half the rows ignored": lambda _: step(half),
+        "upstream gradient of 3": lambda _: step(upstream=scalar),
+        "soft targets": lambda _: step(soft),
+        "copy": lambda _: into.copy_(logits.detach()),
+        "read two, write one": read_two_write_one,
+    }
+    times = interleaved(functions)
+    return {"shape": shape._asdict(), "times": times}
 
 
 def environment() -> dict:
     """What the figures were measured on."""
-    packages = ("torch", "triton", "jax", "jax-triton", "optax", "liger-kernel")
+    packages = ("torch", "triton", "jax", "jax-triton", "optax", "liger-kernel", "quack-kernels", "flash-attn")
     found = {}
     for name in packages:
         try:
             found[name] = version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    try:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        commit = commit.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
     return {
         "gpu": torch.cuda.get_device_name(),
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[0],
         "python": platform.python_version(),
         "versions": found,
         "date": datetime.date.today().isoformat(),
-        "commit": commit,
+        "commit": output("git", "rev-parse", "--short", "HEAD"),
     }
 
 
-def run(out: Path) -> None:
-    """Runs every shape and writes the results as JSON."""
-    results = {"environment": environment(), "shapes": [run_shape(shape) for shape in SHAPES]}
+def output(*command: str) -> str:
+    """What a command prints, or "unknown" where it fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or "unknown"
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def run(out: Path | None) -> Path:
+    """Runs everything and writes the results as JSON; the file's name tells GPU and date unless one is given."""
+    about = environment()
+    results = {"environment": about, "shapes": [run_shape(shape) for shape in SHAPES]}
+    results |= {"options": options(), "growth": growth()}
+    if out is None:
+        gpu = about["gpu"].removeprefix("NVIDIA ").replace(" ", "-").lower()
+        out = Path(__file__).parent / "results" / f"{gpu}-{about['date']}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(results, indent=1) + "\n")
     print(f"wrote {out}")
+    return out

@@ -1,49 +1,84 @@
-"""Device time, and the refusal to time a wrong result."""
+"""Device time, interleaved and from rotating buffers, and the refusal to time a wrong result."""
 
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
+Timing = dict[str, float]
 
-def cuda_ms(function: Callable[[], object], repeats: int = 20) -> float:
-    """The median device time of a call on torch's stream, in milliseconds, by CUDA events.
 
-    The device sleeps before every call, so that the host is ahead and its time between launches does not count.
+def interleaved[K](functions: Mapping[K, Callable[[int], object]], repeats: int = 15) -> dict[K, Timing]:
+    """Device milliseconds of every function on torch's stream, by CUDA events: median, and the quartiles around it.
+
+    All functions take turns, so that a clock that drifts drifts for all. Each gets the number of its turn, to rotate
+    buffers by. The device sleeps before every call, so that the host is ahead and its time does not count.
     """
-    for _ in range(3):
-        function()
-    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for start, stop in pairs:
-        torch.cuda._sleep(2_000_000)  # cycles: about 1 ms
-        start.record()
-        function()
-        stop.record()
+    for function in functions.values():
+        for turn in range(3):
+            function(turn)
+    pairs: dict[K, list] = {name: [] for name in functions}
+    for turn in range(repeats):
+        for name, function in functions.items():
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(2_000_000)  # cycles: about 1 ms
+            start.record()
+            function(turn)
+            stop.record()
+            pairs[name].append((start, stop))
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(stop) for start, stop in pairs)
+    return {name: summary([a.elapsed_time(b) for a, b in events]) for name, events in pairs.items()}
 
 
-def jax_ms(function: Callable[[object], object], inputs: list) -> float:
-    """The mean device time of function over inputs (which it may consume), in milliseconds, by JAX's profiler."""
+def summary(times: list[float]) -> Timing:
+    """Median and quartiles."""
+    low, median, high = statistics.quantiles(times, n=4)
+    return {"ms": median, "low_ms": low, "high_ms": high}
+
+
+def cuda_ms(function: Callable[[], object], repeats: int = 15) -> float:
+    """The median device time of one function in milliseconds."""
+    return interleaved({"": lambda _: function()}, repeats)[""]["ms"]
+
+
+def jax_ms(function: Callable[[object], object], inputs: list) -> Timing:
+    """Device milliseconds of function over inputs (which it may consume), by JAX's profiler; the first warms up."""
     import jax
 
     jax.block_until_ready(function(inputs.pop()))
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            jax.block_until_ready([function(value) for value in inputs])
-        file = next(Path(folder).rglob("*.xplane.pb"))
-        profile = jax.profiler.ProfileData.from_file(str(file))
-    nanoseconds = 0.0
-    for plane in profile.planes:
-        if plane.name.startswith("/device:GPU"):
-            for line in plane.lines:
-                if line.name.startswith("Stream"):
-                    nanoseconds += sum(event.duration_ns for event in line.events)
-    if not nanoseconds:
-        raise RuntimeError("the profile holds no device events")
-    return nanoseconds / len(inputs) / 1e6
+    times = []
+    for value in inputs:
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                jax.block_until_ready(function(value))
+            file = next(Path(folder).rglob("*.xplane.pb"))
+            profile = jax.profiler.ProfileData.from_file(str(file))
+        nanoseconds = sum(
+            event.duration_ns
+            for plane in profile.planes
+            if plane.name.startswith("/device:GPU")
+            for line in plane.lines
+            if line.name.startswith("Stream")
+            for event in line.events
+        )
+        if not nanoseconds:
+            raise RuntimeError("the profile holds no device events")
+        times.append(nanoseconds / 1e6)
+    return summary(times)
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """The most memory that a call holds beyond what was there before."""
+    function()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = function()
+    torch.cuda.synchronize()
+    del kept
+    return torch.cuda.max_memory_allocated() - before
 
 
 def mistake(loss: torch.Tensor, gradient: torch.Tensor, expected: tuple[float, torch.Tensor], rtol: float) -> str:

@@ -1,13 +1,17 @@
 """A problem's shapes and dtypes become frozen launches, without data and without a framework.
 
 A front end describes its arrays as a `Problem`, gets a `Launch`, allocates the launch's outputs and passes arrays by
-the kernel's parameter names; an operand left out is None, which removes its code from the kernel.
+the kernel's parameter names; an operand left out is None, which removes its code from the kernel. A `config` replaces
+the one that `ce_kernels.tuning` would choose.
 """
 
+import re
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
 
 from ce_kernels import tuning
+from ce_kernels.tuning import Config
 
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -18,6 +22,8 @@ class Problem:
 
     With rows_inner, row i starts at (i // rows_inner)·outer_stride + (i % rows_inner)·stride, in logits and dlogits;
     dlogits_stride None means n_classes.
+    `aligned`: the logits' first element lies on a 16-byte boundary, so that whole groups of 16 bytes may be read.
+    `clusters`: one program may span several multiprocessors; `has_clusters` says where.
     """
 
     n_rows: int
@@ -31,6 +37,38 @@ class Problem:
     logits_outer_stride: int | None = None
     dlogits_stride: int | None = None
     dlogits_outer_stride: int | None = None
+    aligned: bool = True
+    clusters: bool = False
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes a logit."""
+        return ITEMSIZE[self.logits_dtype]
+
+    @property
+    def row_bytes(self) -> int:
+        """What a pass reads of one row, logits and soft targets, in the logits' dtype."""
+        return self.n_classes * self.itemsize * (2 if self.soft_targets else 1)
+
+    @property
+    def group(self) -> int:
+        """How many neighbouring logits one thread reads at once: 16 bytes."""
+        return 16 // self.itemsize
+
+    @property
+    def shifted(self) -> bool:
+        """Whether rows start between 16-byte boundaries, so that kernels walk them from the boundary before."""
+        return self.aligned and any(
+            stride % self.group for stride in _levels(self.logits_stride, self.logits_outer_stride)
+        )
+
+    def wide_stores(self, in_place: bool) -> bool:
+        """Whether the groups of 16 bytes of every row of dlogits are those of the logits."""
+        if in_place:
+            return True
+        reads = _levels(self.logits_stride, self.logits_outer_stride)
+        writes = _levels(self.dlogits_stride or self.n_classes, self.dlogits_outer_stride)
+        return all((read - write) % self.group == 0 for read, write in zip(reads, writes, strict=True))
 
     @property
     def compute_dtype(self) -> str:
@@ -41,6 +79,23 @@ class Problem:
     def scalars_in_memory(self) -> bool:
         """Launch parameters hold floats as fp32, so fp64 problems pass their scalars as 0-d arrays."""
         return self.logits_dtype == "float64"
+
+
+def _levels(stride: int, outer_stride: int | None) -> tuple[int, ...]:
+    return (stride,) if outer_stride is None else (stride, outer_stride)
+
+
+def has_clusters(capability: int) -> bool:
+    """Whether a program may span several multiprocessors of a GPU of compute capability 90, 100, …
+
+    Triton 3.7 fails to compile reductions over them.
+    """
+    return capability >= 90 and _triton_version() >= (3, 8)
+
+
+@lru_cache
+def _triton_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version("triton"))[:2])
 
 
 @dataclass(frozen=True)
@@ -65,39 +120,56 @@ class Launch:
     outputs: tuple[Output, ...]
     constants: tuple[tuple[str, int | bool], ...]
     in_place: bool
-    num_warps: int
-    num_stages: int
+    config: Config
 
-    # Both launchers say it, so that no default can make their numerics differ (Triton 3.10 flips it).
-    enable_fp_fusion = True
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """The compiler's options, by Triton's names."""
+        options = {
+            "num_warps": self.config.num_warps,
+            "num_ctas": self.config.num_ctas,
+            "num_stages": self.config.num_stages,
+            # Said by both launchers, so that no default can make their numerics differ (Triton 3.10 flips it).
+            "enable_fp_fusion": True,
+        }
+        if self.config.max_registers is not None:
+            options["maxnreg"] = self.config.max_registers
+        return options
 
 
 @lru_cache(maxsize=4096)
-def plan_stats(problem: Problem, *, with_argmax: bool) -> Launch:
+def plan_stats(problem: Problem, *, with_argmax: bool, config: Config | None = None) -> Launch:
     """The launch that writes loss, lse, s = Σq and (with_argmax) the argmax of every row."""
     outputs = _row_outputs(problem)
     if with_argmax:
         outputs += (Output("predicted_ptr", (problem.n_rows,), "int32"),)
-    return _plan("stats", problem, outputs, {})
+    return _plan("stats", problem, outputs, {}, config)
 
 
 @lru_cache(maxsize=4096)
 def plan_grad(
-    problem: Problem, *, dloss_stride: int, dlse_stride: int, dtarget_dtype: str | None, in_place: bool
+    problem: Problem,
+    *,
+    dloss_stride: int,
+    dlse_stride: int,
+    dtarget_dtype: str | None,
+    in_place: bool,
+    config: Config | None = None,
 ) -> Launch:
     """The launch that writes dlogits, and dtarget where a dtype for it is named, from lse, s and upstream gradients."""
     outputs = _gradient_output(problem, in_place)
     if dtarget_dtype is not None:
         outputs += (Output("dtarget_ptr", (problem.n_rows, problem.n_classes), dtarget_dtype),)
     strides = {"DLOSS_STRIDE": dloss_stride, "DLSE_STRIDE": dlse_stride}
-    return _plan("grad", problem, outputs, strides, in_place=in_place)
+    return _plan("grad", problem, outputs, strides, config, in_place=in_place)
 
 
 @lru_cache(maxsize=4096)
-def plan_fused(problem: Problem, *, denominator_stride: int, in_place: bool) -> Launch:
+def plan_fused(problem: Problem, *, denominator_stride: int, in_place: bool, config: Config | None = None) -> Launch:
     """The launch that writes loss, lse, s and dlogits of rows whose upstream gradient is 1 / denominator."""
     outputs = _row_outputs(problem) + _gradient_output(problem, in_place)
-    return _plan("fused", problem, outputs, {"DENOMINATOR_STRIDE": denominator_stride}, in_place=in_place)
+    strides = {"DENOMINATOR_STRIDE": denominator_stride}
+    return _plan("fused", problem, outputs, strides, config, in_place=in_place)
 
 
 def _row_outputs(problem: Problem) -> tuple[Output, ...]:
@@ -112,10 +184,16 @@ def _gradient_output(problem: Problem, in_place: bool) -> tuple[Output, ...]:
 
 
 def _plan(
-    kernel: str, problem: Problem, outputs: tuple[Output, ...], strides: dict[str, int], *, in_place: bool = False
+    kernel: str,
+    problem: Problem,
+    outputs: tuple[Output, ...],
+    strides: dict[str, int],
+    config: Config | None,
+    *,
+    in_place: bool = False,
 ) -> Launch:
-    itemsize = ITEMSIZE[problem.logits_dtype]
-    config = tuning.choose(kernel, problem.n_classes, itemsize)
+    if config is None:
+        config = tuning.choose(kernel, problem)
     constants = {
         # Row length and strides are constants: as run-time values they would cost the 16-byte loads under jax-triton.
         "N_CLASSES": problem.n_classes,
@@ -126,22 +204,32 @@ def _plan(
         "SOFT_TARGETS": problem.soft_targets,
         "SCALARS_IN_MEMORY": problem.scalars_in_memory,
         "BLOCK": config.block,
+        "GROUP": problem.group,
+        "SHIFTED": problem.shifted,
     }
-    if kernel != "grad":
-        constants["GROUP"] = 16 // itemsize
+    programs = problem.n_rows
+    if kernel == "grad":
+        positions = problem.n_classes + (problem.group - 1 if problem.shifted else 0)
+        constants["BLOCKS_PER_ROW"] = -(-positions // config.block)
+        programs *= constants["BLOCKS_PER_ROW"]
+    else:
+        constants["UNROLL"] = config.unroll
+        constants["EAGER"] = config.num_ctas > 1
     if kernel != "stats":
         constants["DLOGITS_STRIDE"] = problem.dlogits_stride or problem.n_classes
+        constants["WIDE_STORES"] = problem.wide_stores(in_place)
     if problem.rows_inner is not None:
         # Run-time values: a constant sequence length would compile every length anew.
         constants |= {"rows_inner": problem.rows_inner, "logits_outer_stride": problem.logits_outer_stride}
         if kernel != "stats":
             constants["dlogits_outer_stride"] = problem.dlogits_outer_stride
+    if kernel == "fused":
+        constants["BACKWARDS"] = config.backwards
     return Launch(
         kernel=f"cross_entropy_{kernel}_kernel",
-        grid=(problem.n_rows,),
+        grid=(programs,),
         outputs=outputs,
         constants=tuple(constants.items()),
         in_place=in_place,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        config=config,
     )

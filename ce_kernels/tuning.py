@@ -1,38 +1,79 @@
-"""Block sizes and warps, chosen by kernel, row length and element size. Each row says what it was measured on."""
+"""How programs walk their rows, by kernel, shape, dtype and architecture. Each row says what it was measured on."""
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ce_kernels.launch import Problem
 
 
 @dataclass(frozen=True)
 class Config:
-    """How one program walks a row: columns of 2-byte elements a step, warps that share them, pipelining stages."""
+    """How a program walks a row: columns of 2-byte elements a step, warps that share them, multiprocessors a program.
+
+    unroll: steps in flight together. backwards: the fused kernel's second pass meets first what the first pass read
+    last. max_registers: a thread's, so that more programs share a multiprocessor.
+    """
 
     block: int
     num_warps: int
+    num_ctas: int = 1
     num_stages: int = 1
+    unroll: int = 1
+    backwards: bool = False
+    max_registers: int | None = None
 
 
-# (longest row, configuration); the time behind each row is a multiple of copying the logits once.
-# NVIDIA H200, bf16, Triton 3.9, torch 2.11, 2026-11-24.
+# (longest row in bytes, configuration); the time behind each row is a multiple of copying the logits once.
+# NVIDIA H200, bf16, Triton 3.9, torch 2.11, 2026-11-24; `python -m benchmarks tune` measures rows for other GPUs.
 FUSED = (
-    (1024, Config(1024, 4)),  # 65536×1000: 1.53
-    (16384, Config(2048, 4)),  # 16384×8192: 1.05
-    (65536, Config(8192, 16)),  # 8192×32000: 1.21
-    (None, Config(16384, 32)),  # 4096×128256: 1.44; 2048×262144: 1.52
+    (2 * 1024, Config(1024, 1)),  # 65536×1000: 1.07
+    (2 * 16384, Config(2048, 8)),  # 16384×8192: 1.02
+    (2 * 40000, Config(8192, 16)),  # 8192×32000: 1.07
+    (2 * 65536, Config(8192, 16, unroll=2)),  # 8192×50304: 1.12
+    (None, Config(16384, 32, backwards=True, max_registers=32)),  # 4096×128256: 1.28; 4096×151936: 1.31
+)
+# Rows that start between 16-byte boundaries.
+FUSED_SHIFTED = (
+    *FUSED[:2],
+    (2 * 65536, Config(4096, 16, unroll=2)),  # 8192×50257: 1.39
+    FUSED[-1],
+)
+# A row spread over neighbouring multiprocessors: fewer rows in flight, so that the second read finds them in L2.
+FUSED_CLUSTERS = (
+    (2 * 200000, Config(32768, 8, 8, max_registers=40)),  # 4096×128256: 1.25; 4096×151936: 1.26; 32×128256: 1.98
+    (None, Config(65536, 16, 8, backwards=True, max_registers=32)),  # 2048×262144: 1.30
 )
 STATS = (
-    (1024, Config(1024, 4)),  # 65536×1000: 0.99
-    (16384, Config(2048, 4)),  # 16384×8192: 0.50
-    (65536, Config(8192, 8)),  # 8192×32000: 0.51
-    (None, Config(8192, 16)),  # 4096×128256: 0.51; 2048×262144: 0.50
+    (2 * 1024, Config(1024, 1)),  # 65536×1000: 0.69
+    (2 * 16384, Config(1024, 4)),  # 16384×8192: 0.50
+    (2 * 40000, Config(8192, 16)),  # 8192×32000: 0.49
+    (2 * 65536, Config(2048, 8)),  # 8192×50304: 0.48; 8192×50257: 0.48
+    (None, Config(4096, 16)),  # 4096×128256: 0.48; 4096×151936: 0.47; 2048×262144: 0.47
 )
-TABLES = {"fused": FUSED, "stats": STATS, "grad": STATS}
+STATS_FEW_ROWS = ((None, Config(16384, 8, 8)),)  # 32×128256: 1.46, against 2.1 without clusters
+GRAD = (
+    (2 * 1024, Config(1024, 1)),  # 65536×1000: 1.07
+    (None, Config(2048, 4)),  # 16384×8192: 1.04; 8192×50257: 1.15; 4096×128256: 1.03; 2048×262144: 1.02
+)
+# Rows from which clusters are worth their barriers, in bytes; fewer rows than this leave multiprocessors idle.
+LONG_ROW, FEW_ROWS = 2 * 65536, 132
 
 
-def choose(kernel: str, n_classes: int, itemsize: int) -> Config:
-    """The configuration for a kernel on rows of n_classes elements of itemsize bytes."""
-    config = next(config for longest, config in TABLES[kernel] if longest is None or n_classes <= longest)
+def choose(kernel: str, problem: Problem) -> Config:
+    """The configuration for a kernel on a problem."""
+    row_bytes = problem.row_bytes
+    long = problem.clusters and row_bytes > LONG_ROW
+    if kernel == "fused":
+        table = FUSED_CLUSTERS if long else FUSED_SHIFTED if problem.shifted else FUSED
+    elif kernel == "stats":
+        table = STATS_FEW_ROWS if long and problem.n_rows <= FEW_ROWS else STATS
+    else:
+        table = GRAD
+    config = next(config for longest, config in table if longest is None or row_bytes <= longest)
     # The same bytes a step for wider elements; no more than the row; 16 bytes a thread at the least.
-    block = min(config.block * 2 // itemsize, max(128, 1 << (n_classes - 1).bit_length()))
-    warps = max(1, min(config.num_warps, block * itemsize // (32 * 16)))
-    return Config(block, warps, config.num_stages)
+    block = min(config.block * 2 // problem.itemsize, max(128, 1 << (problem.n_classes - 1).bit_length()))
+    warps = max(1, min(config.num_warps, block * problem.itemsize // (32 * 16 * config.num_ctas)))
+    return replace(config, block=block, num_warps=warps)

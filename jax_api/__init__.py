@@ -7,6 +7,8 @@ from ce_kernels.spec import fail
 if find_spec("jax") is None:
     fail(ImportError, "jax_api without jax", "jax", "pip install 'ce-kernels[jax]'")
 
+from jax_api.linear import linear_cross_entropy as linear_cross_entropy
+from jax_api.linear import linear_cross_entropy_rows as linear_cross_entropy_rows
 from jax_api.losses import RowOutputs as RowOutputs
 from jax_api.losses import cross_entropy as cross_entropy
 from jax_api.losses import cross_entropy_rows as cross_entropy_rows

@@ -1,11 +1,12 @@
 """The public functions. The formula they compute stands in `ce_kernels.spec`."""
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from ce_kernels import Options
@@ -19,9 +20,12 @@ from ce_kernels.checks import (
     is_number,
 )
 from ce_kernels.spec import Implementation, Reduction, check_reduction, fail
-from jax_api.launch import choose_implementation
-from jax_api.reference import compute_dtype
-from jax_api.rules import Static, mean_loss, row_losses
+from jax_api.backend import choose_implementation
+from jax_api.launch import vary, varying_axes
+from jax_api.reference import compute_dtype, ignored_rows, is_soft
+from jax_api.rules import in_reverse_mode, mean_loss, row_losses
+from jax_api.sharding import aligned, label_weights
+from jax_api.static import Static
 
 
 class RowOutputs(NamedTuple):
@@ -45,6 +49,7 @@ def cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     denominator: ArrayLike | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
     implementation: Implementation | None = None,
 ) -> Array:
     r"""Softmax cross-entropy of logits for integer or soft labels, reduced, with z-loss, soft cap and logit scale.
@@ -71,6 +76,9 @@ def cross_entropy(
         softcap: c > 0, or None (Gemma 2, arXiv:2408.00118). Masked classes (−inf) stay masked.
         logit_scale: an inverse temperature.
         denominator: replaces the divisor of `mean`; a number or an array of one element, traced or not.
+        axis_name: inside `jax.shard_map`, the mesh axis or axes over which the classes are sharded. logits, weight and
+            soft labels are then this device's slice, class indices those of the whole vocabulary, and the loss is the
+            same on all these devices. `mean` is that of this device's rows: divide by the global count, `denominator`.
         implementation: "triton", "reference" or None to choose by platform when the program is lowered.
 
     Returns:
@@ -95,14 +103,18 @@ def cross_entropy(
     check_reduction(reduction, denominator)
     options = Options.checked(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     rows = _rows(logits, labels, weight, axis, options)
-    static = Static(rows.options, choose_implementation(implementation))
+    names = _names(axis_name)
+    static = Static(rows.options, choose_implementation(implementation), axis_name=names)
     if reduction == "none":
-        return row_losses(static, rows.logits, rows.target, rows.weight).loss.reshape(rows.shape)
-    divisor = jnp.ones((), compute_dtype(rows.logits)) if reduction == "sum" else _divisor(rows, denominator)
-    if rows.logits.dtype == jnp.float16:
-        # Loss scaling exists because p / N is below fp16's range: round only after the upstream gradient is known.
-        return row_losses(static, rows.logits, rows.target, rows.weight).loss.sum() / divisor
-    return mean_loss(static, rows.logits, rows.target, rows.weight, divisor)
+        arrays = aligned(rows.logits, rows.target, rows.weight, names)
+        return in_reverse_mode(row_losses, static, *arrays).loss.reshape(rows.shape)
+    divisor = jnp.ones((), compute_dtype(rows.logits)) if reduction == "sum" else _divisor(rows, denominator, names)
+    arrays = aligned(rows.logits, rows.target, rows.weight, names, divisor)
+    if names or rows.logits.dtype == jnp.float16:
+        # Slices of the vocabulary must be merged before their gradient is known. fp16: loss scaling exists because
+        # p / N is below its range, so round only after the upstream gradient is known.
+        return in_reverse_mode(row_losses, static, *arrays).loss.sum() / divisor
+    return in_reverse_mode(mean_loss, static, *arrays, vary(divisor, varying_axes(arrays[0])))
 
 
 def cross_entropy_rows(
@@ -116,6 +128,7 @@ def cross_entropy_rows(
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    axis_name: str | tuple[str, ...] | None = None,
     implementation: Implementation | None = None,
 ) -> RowOutputs:
     r"""Per-row loss, lse and argmax in one read of the logits: log-probabilities, z-loss variants, accuracy, analysis.
@@ -141,13 +154,14 @@ def cross_entropy_rows(
     """
     options = Options.checked(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     rows = _rows(logits, labels, weight, axis, options)
-    static = Static(rows.options, choose_implementation(implementation), with_argmax=True)
-    out = row_losses(static, rows.logits, rows.target, rows.weight)
+    names = _names(axis_name)
+    static = Static(rows.options, choose_implementation(implementation), with_argmax=True, axis_name=names)
+    out = in_reverse_mode(row_losses, static, *aligned(rows.logits, rows.target, rows.weight, names))
     return RowOutputs(*(array.reshape(rows.shape) for array in (out.loss, out.lse, out.predicted)))  # pyright: ignore
 
 
 class _Rows(NamedTuple):
-    """Checked arguments as rows [N, V], and the shape of the rows in the user's arrays."""
+    """Checked arguments, classes last and at least one leading axis, and the shape of the rows in the user's arrays."""
 
     logits: Array
     target: Array
@@ -166,10 +180,12 @@ def _rows(logits: ArrayLike, labels: ArrayLike, weight: ArrayLike | None, axis: 
         weight = as_array("weight", weight)
         check_weight(facts_of("weight", weight), n_classes)
     shape = logits.shape[:axis] + logits.shape[axis + 1 :]
-    rows = _class_rows(labels, axis) if soft else _index_rows(labels)
+    logits, target = jnp.moveaxis(logits, axis, -1), jnp.moveaxis(labels, axis, -1) if soft else _index_rows(labels)
     if not soft:
-        options = options.for_labels(rows.dtype.name)
-    return _Rows(_class_rows(logits, axis), rows, weight, options, shape)
+        options = options.for_labels(target.dtype.name)
+    if not shape:
+        logits, target = logits[None], target[None]
+    return _Rows(logits, target, weight, options, shape)
 
 
 def _index_rows(labels: Array) -> Array:
@@ -179,12 +195,25 @@ def _index_rows(labels: Array) -> Array:
     if jnp.iinfo(labels.dtype).max > jnp.iinfo(dtype).max:
         # A label too large for it stays out of range, where wrapping would make it a class or ignore_index.
         labels = jnp.minimum(labels, labels.dtype.type(jnp.iinfo(dtype).max))
-    return labels.reshape(-1).astype(dtype)
+    return labels.astype(dtype)
 
 
-def _class_rows(array: Array, axis: int) -> Array:
-    moved = jnp.moveaxis(array, axis, -1)
-    return moved.reshape(-1 if moved.size else int(np.prod(moved.shape[:-1])), moved.shape[-1])
+def _names(axis_name: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    if axis_name is None:
+        return ()
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+        fail(TypeError, f"axis_name={axis_name!r}", "a mesh axis name, or a tuple of them", "axis_name='model'")
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    missing = [name for name in names if name not in manual]
+    if missing:
+        fail(
+            ValueError,
+            f"axis_name={axis_name!r} where the manual mesh axes are {list(manual)}",
+            "mesh axes of a jax.shard_map around the call, over which the classes of the logits are sharded",
+            "axis_name=None outside of shard_map: jit needs no help with sharded logits",
+        )
+    return names
 
 
 def as_array(name: str, value: ArrayLike) -> Array:
@@ -201,7 +230,7 @@ def facts_of(name: str, value: Array) -> Facts:
     return Facts(name, value.shape, value.dtype.name)
 
 
-def _divisor(rows: _Rows, denominator: ArrayLike | None) -> Array:
+def _divisor(rows: _Rows, denominator: ArrayLike | None, names: tuple[str, ...]) -> Array:
     """The 0-d divisor of `mean`."""
     dtype = compute_dtype(rows.logits)
     if denominator is not None:
@@ -211,14 +240,12 @@ def _divisor(rows: _Rows, denominator: ArrayLike | None) -> Array:
             denominator = as_array("denominator", denominator)
             check_denominator(facts_of("denominator", denominator))
         return jnp.asarray(denominator, dtype).reshape(())
-    if jnp.issubdtype(rows.target.dtype, jnp.floating):
-        return jnp.full((), rows.logits.shape[0], dtype)
-    counted = jnp.ones_like(rows.target, bool)
-    if rows.options.ignore_index is not None:
-        counted = rows.target != rows.options.ignore_index
+    if is_soft(rows.target):
+        return jnp.full((), math.prod(rows.shape), dtype)
     mass = jnp.ones((), dtype)
     if rows.weight is not None:
-        valid = (rows.target >= 0) & (rows.target < rows.logits.shape[-1])
+        total = rows.logits.shape[-1] * (lax.axis_size(names) if names else 1)
+        valid = (rows.target >= 0) & (rows.target < total)
         # An invalid label makes the mean NaN by its loss; counted as 1, it leaves the other rows' gradients finite.
-        mass = jnp.where(valid, rows.weight.astype(dtype)[jnp.where(valid, rows.target, 0)], 1.0)
-    return jnp.where(counted, mass, 0.0).sum().astype(dtype)
+        mass = jnp.where(valid, label_weights(rows.weight.astype(dtype), rows.target, names), 1.0)
+    return jnp.where(ignored_rows(rows.target, rows.options), 0.0, mass).sum().astype(dtype)

@@ -45,9 +45,11 @@ def softmax_cross_entropy_with_integer_labels(
     # An excluded row keeps its logits: a row of only −inf has no finite gradient.
     masked = jnp.where(where | ~included[..., None], logits, -jnp.inf)
     lse = cross_entropy_rows(masked, labels, ignore_index=None).lse
+    is_label = jnp.arange(logits.shape[-1]) == labels[..., None]
+    # A sum rather than a gather, which would collect logits whose classes are sharded.
+    label_logits = jnp.where(is_label, logits, 0.0).sum(-1, dtype=lse.dtype)
     valid = (labels >= 0) & (labels < logits.shape[-1])
-    label_logits = jnp.take_along_axis(logits, jnp.where(valid, labels, 0)[..., None], axis=-1)[..., 0]
-    loss = jnp.where(valid, lse - label_logits.astype(lse.dtype), jnp.nan)
+    loss = jnp.where(valid, lse - label_logits, jnp.nan)
     return jnp.where(included, loss, 0.0)
 
 

@@ -1,14 +1,28 @@
 """The contract in plain jax.numpy: the implementation off the GPU, and the rule of second derivatives.
 
-`stats` and `grad` mirror the kernels: rows [N, V], row vectors [N], the formula of `ce_kernels.spec`. Both are
-differentiable by JAX. Hard labels are soft targets t = onehot(label).
+`stats` and `grad` mirror the kernels: logits [..., V], target [...] or [..., V], weight [V], row vectors [...], the
+formula of `ce_kernels.spec`. Both are differentiable by JAX. Hard labels are soft targets t = onehot(label). `part`
+says which slice of the vocabulary the logits are; statistics are the slice's own, or with `names` those of all slices.
 """
+
+from dataclasses import replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from ce_kernels import Options
+from jax_api.static import Part, Static, Stats
+
+
+class Upstream(NamedTuple):
+    """What the gradient of rows needs besides the logits: statistics, upstream gradients of loss and lse (None: 0)."""
+
+    lse: Array
+    target_sum: Array
+    dloss: Array
+    dlse: Array | None
 
 
 def compute_dtype(logits: Array) -> jnp.dtype:
@@ -16,91 +30,139 @@ def compute_dtype(logits: Array) -> jnp.dtype:
     return jnp.promote_types(logits.dtype, jnp.float32)
 
 
+def is_soft(target: Array) -> bool:
+    """Whether target holds probabilities rather than class indices."""
+    return jnp.issubdtype(target.dtype, jnp.floating)
+
+
 def stats(
-    logits: Array, target: Array, weight: Array | None, options: Options, with_argmax: bool
-) -> tuple[Array, Array, Array, Array | None]:
+    static: Static,
+    logits: Array,
+    target: Array,
+    weight: Array | None,
+    part: Part,
+    names: tuple[str, ...] = (),
+) -> Stats:
     """loss, lse, s = Σq and (with_argmax) argmax per row; lse of ignored rows is 0 unless with_argmax."""
+    options = static.options
     r = logits.astype(compute_dtype(logits))
     x, _ = _transform(r, options)
-    t, ignored, invalid = _targets(target, x, options)
-    if not with_argmax:
-        x = jnp.where(ignored[:, None], 0.0, x)
-    q = _mass(t, weight, options)
-    m = lax.stop_gradient(x.max(-1, keepdims=True))
+    t, ignored, invalid = _targets(target, x, options, part)
+    if not static.with_argmax:
+        x = jnp.where(ignored[..., None], 0.0, x)
+    q = _mass(t, weight, options, part)
+    m = lax.stop_gradient(x).max(-1, keepdims=True)
+    m = lax.pmax(m, names) if names else m
     m = jnp.where(m == -jnp.inf, 0.0, m)
-    log_d = jnp.log(jnp.exp(x - m).sum(-1))
     # Against the row's maximum, so that a confident row keeps its small loss; no 0·∞ at masked classes.
     distance = m - jnp.where((x == -jnp.inf) & (q == 0), m, x)
-    s = q.sum(-1)
-    loss = (q * distance).sum(-1) + s * jnp.where((s == 0) & (log_d == -jnp.inf), 0.0, log_d)
+    d, s, loss = jnp.exp(x - m).sum(-1), q.sum(-1), (q * distance).sum(-1)
+    d, s, loss = lax.psum((d, s, loss), names) if names else (d, s, loss)
+    log_d = jnp.log(d)
+    loss = loss + s * jnp.where((s == 0) & (log_d == -jnp.inf), 0.0, log_d)
     lse = m.squeeze(-1) + log_d
     if options.z_loss:
         loss = loss + options.z_loss * lse * lse
     # A factor, so that every derivative of an invalid row is NaN too.
     poison = jnp.where(invalid, jnp.nan, 1.0)
     loss, s = jnp.where(ignored, 0.0, loss * poison), jnp.where(ignored, 0.0, s * poison)
-    if not with_argmax:
-        return loss, jnp.where(ignored, 0.0, lse), s, None
-    key = jnp.where(r == -jnp.inf, -jnp.inf, r * options.logit_scale)
-    return loss, lse, s, key.argmax(-1).astype(jnp.int32)
+    if not static.with_argmax:
+        return Stats(loss, jnp.where(ignored, 0.0, lse), s, None)
+    return Stats(loss, lse, s, predicted_key(r, options).argmax(-1).astype(jnp.int32))
+
+
+def predicted_key(r: Array, options: Options) -> Array:
+    """What argmax compares: scaled logits before the soft cap, which rounds large logits to ties."""
+    return jnp.where(r == -jnp.inf, -jnp.inf, r * options.logit_scale)
 
 
 def grad(
+    options: Options,
     logits: Array,
     target: Array,
     weight: Array | None,
-    lse: Array,
-    target_sum: Array,
-    dloss: Array,
-    dlse: Array | None,
-    options: Options,
-    with_dtarget: bool,
+    upstream: Upstream,
+    part: Part,
     skip_zero: bool = True,
 ) -> tuple[Array, Array | None]:
-    """dlogits = slope·(a·p − b·q), and (with_dtarget) dtarget = b·(1−α)·w·(lse − x), each in its input's dtype.
+    """dlogits = slope·(a·p − b·q), and of soft targets dtarget = b·(1−α)·w·(lse − x), each in its input's dtype.
 
     skip_zero: a row without upstream gradient has none, whatever it holds. It cuts the derivative by the upstream
     gradient at 0, so second derivatives go without it.
     """
+    lse, target_sum, dloss, dlse = upstream
     r = logits.astype(lse.dtype)
     x, slope = _transform(r, options)
-    t, ignored, _ = _targets(target, x, options)
+    t, ignored, _ = _targets(target, x, options, part)
     b = jnp.where(ignored, 0.0, dloss)
     a = b * (target_sum + 2.0 * options.z_loss * lse)
     if skip_zero:
         a = jnp.where(b == 0, 0.0, a)
     if dlse is not None:
         a = a + dlse
-    q = jnp.where(x == -jnp.inf, 0.0, _mass(t, weight, options))
-    dlogits = a[:, None] * jnp.exp(x - lse[:, None]) - b[:, None] * q
+    q = jnp.where(x == -jnp.inf, 0.0, _mass(t, weight, options, part))
+    dlogits = a[..., None] * jnp.exp(x - lse[..., None]) - b[..., None] * q
     if slope is not None:
         dlogits = dlogits * slope
     if skip_zero:
-        dlogits = jnp.where(((a == 0) & (b == 0))[:, None], 0.0, dlogits)
-    if not with_dtarget:
-        return dlogits.astype(logits.dtype), None
-    coefficient = b[:, None] * (1.0 - options.label_smoothing)
+        dlogits = jnp.where(((a == 0) & (b == 0))[..., None], 0.0, dlogits)
+    dlogits = dlogits.astype(logits.dtype)
+    if not is_soft(target):
+        return dlogits, None
+    coefficient = b[..., None] * (1.0 - options.label_smoothing)
     if weight is not None:
         coefficient = coefficient * weight.astype(x.dtype)
     skip = (coefficient == 0) & (skip_zero | (x == -jnp.inf))
-    dtarget = coefficient * jnp.where(skip, 0.0, lse[:, None] - x)
-    return dlogits.astype(logits.dtype), dtarget.astype(target.dtype)
+    dtarget = coefficient * jnp.where(skip, 0.0, lse[..., None] - x)
+    return dlogits, dtarget.astype(target.dtype)
+
+
+def weight_grad(
+    options: Options,
+    logits: Array,
+    target: Array,
+    weight: Array,
+    lse: Array,
+    dloss: Array,
+    part: Part,
+) -> Array:
+    """dweight_k = Σ_rows dloss·((1−α)·t_k + α/V)·(lse − x_k), for rows that `without_dead_rows` has made safe."""
+    x, _ = _transform(logits.astype(lse.dtype), options)
+    t, ignored, invalid = _targets(target, x, options, part)
+    q = _mass(t, None, options, part) * jnp.where(invalid, jnp.nan, 1.0)[..., None]
+    b = jnp.where(ignored, 0.0, dloss)[..., None]
+    # No 0·∞ at masked classes without target mass, nor in rows that are ignored.
+    distance = jnp.where(((x == -jnp.inf) & (q == 0)) | ignored[..., None], 0.0, lse[..., None] - x)
+    return (b * q * distance).sum(range(x.ndim - 1)).astype(weight.dtype)
 
 
 def without_dead_rows(
-    logits: Array, target: Array, weight: Array | None, dloss: Array, dlse: Array | None, options: Options
+    static: Static,
+    logits: Array,
+    target: Array,
+    weight: Array | None,
+    upstream: tuple[Array, Array | None],
+    part: Part,
 ) -> tuple[Array, Array]:
     """logits and target with 0 in rows without upstream gradient whose loss or lse is not finite: 0·NaN is NaN."""
-    loss, lse, _, _ = lax.stop_gradient(stats(logits, target, weight, options, with_argmax=True))
-    hard = not jnp.issubdtype(target.dtype, jnp.floating)
-    ignored = (
-        target == options.ignore_index if hard and options.ignore_index is not None else jnp.zeros_like(loss, bool)
-    )
-    dead = ((dloss == 0) | ignored) & ~(jnp.isfinite(loss) & jnp.isfinite(lse))
+    dloss, dlse = upstream
+    out = lax.stop_gradient(stats(replace(static, with_argmax=True), logits, target, weight, part, static.axis_name))
+    hard = not is_soft(target)
+    ignored = ignored_rows(target, static.options)
+    dead = ((dloss == 0) | ignored) & ~(jnp.isfinite(out.loss) & jnp.isfinite(out.lse))
     if dlse is not None:
         dead &= dlse == 0
-    safe = jnp.where(dead & ~ignored, 0, target) if hard else jnp.where(dead[:, None], 0.0, target)
-    return jnp.where(dead[:, None], 0.0, logits), safe.astype(target.dtype)
+    safe = jnp.where(dead & ~ignored, 0, target) if hard else jnp.where(dead[..., None], 0.0, target)
+    return jnp.where(dead[..., None], 0.0, logits), safe.astype(target.dtype)
+
+
+def ignored_rows(target: Array, options: Options) -> Array:
+    """Which rows carry ignore_index; none with soft targets."""
+    if is_soft(target):
+        return jnp.zeros(target.shape[:-1], bool)
+    if options.ignore_index is None:
+        return jnp.zeros_like(target, bool)
+    return target == options.ignore_index
 
 
 def _transform(r: Array, options: Options) -> tuple[Array, Array | None]:
@@ -119,20 +181,19 @@ def _transform(r: Array, options: Options) -> tuple[Array, Array | None]:
     return jnp.where(masked, -jnp.inf, x), jnp.where(masked, 0.0, slope)
 
 
-def _targets(target: Array, x: Array, options: Options) -> tuple[Array, Array, Array]:
-    """The target distribution t [N, V] and per row whether its label is ignored, and whether it is invalid."""
-    n_rows, n_classes = x.shape
-    if jnp.issubdtype(target.dtype, jnp.floating):
-        no = jnp.zeros(n_rows, bool)
-        return target.astype(x.dtype), no, no
-    valid = (target >= 0) & (target < n_classes)
-    ignored = target == options.ignore_index if options.ignore_index is not None else jnp.zeros_like(valid)
-    return jax.nn.one_hot(target, n_classes, dtype=x.dtype), ignored, ~valid & ~ignored
+def _targets(target: Array, x: Array, options: Options, part: Part) -> tuple[Array, Array, Array]:
+    """The target distribution t [..., V] and per row whether its label is ignored, and whether it is invalid."""
+    ignored = ignored_rows(target, options)
+    if is_soft(target):
+        return target.astype(x.dtype), ignored, ignored
+    column = target if part.start is None else target - part.start[0].astype(target.dtype)
+    invalid = ~((target >= 0) & (target < part.total)) & ~ignored
+    return jax.nn.one_hot(column, x.shape[-1], dtype=x.dtype), ignored, invalid
 
 
-def _mass(t: Array, weight: Array | None, options: Options) -> Array:
+def _mass(t: Array, weight: Array | None, options: Options, part: Part) -> Array:
     """q = w·((1−α)·t + α/V)."""
     q = t
     if options.label_smoothing:
-        q = (1.0 - options.label_smoothing) * q + options.label_smoothing / t.shape[-1]
+        q = (1.0 - options.label_smoothing) * q + options.label_smoothing / part.total
     return q if weight is None else q * weight.astype(t.dtype)

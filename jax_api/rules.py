@@ -1,4 +1,4 @@
-"""Derivatives: custom_vjp over the row operations of `jax_api.launch`.
+"""Derivatives: custom_vjp over the row operations of `jax_api.sharding`.
 
     row_losses      Stats of rows, for any upstream gradients of loss and lse: statistics, then gradient
     row_gradients   the backward of row_losses as an operation of its own, so that it can be differentiated again
@@ -9,24 +9,16 @@ Second derivatives go through the plain operations of `jax_api.reference`, diffe
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
-from ce_kernels import Options
-from jax_api import launch, reference
-from jax_api.launch import Stats
-
-
-@dataclass(frozen=True)
-class Static:
-    """What a rule knows at trace time."""
-
-    options: Options
-    implementation: str | None
-    with_argmax: bool = False
+from ce_kernels.spec import fail
+from jax_api import reference, sharding
+from jax_api.reference import Upstream, is_soft
+from jax_api.slices import part_of, tracks_varying
+from jax_api.static import Static, Stats
 
 
 def _differentiable[R](function: Callable[..., R]) -> jax.custom_vjp[R]:
@@ -36,7 +28,7 @@ def _differentiable[R](function: Callable[..., R]) -> jax.custom_vjp[R]:
 @_differentiable
 def row_losses(static: Static, logits: Array, target: Array, weight: Array | None) -> Stats:
     """loss, lse, s and argmax per row; loss and lse differentiable together or alone."""
-    return launch.stats(logits, target, weight, static.options, static.implementation, with_argmax=static.with_argmax)
+    return sharding.stats(static, logits, target, weight)
 
 
 def _row_losses_fwd(static, logits, target, weight):
@@ -46,8 +38,8 @@ def _row_losses_fwd(static, logits, target, weight):
 
 def _row_losses_bwd(static, residuals, cotangents):
     logits, target, weight, lse, target_sum = residuals
-    dloss = cotangents.loss
-    dlogits, dtarget = row_gradients(static, logits, target, weight, lse, target_sum, dloss, cotangents.lse)
+    dloss, dlse = (whole_cotangent(static, cotangent) for cotangent in (cotangents.loss, cotangents.lse))
+    dlogits, dtarget = row_gradients(static, logits, target, weight, Upstream(lse, target_sum, dloss, dlse))
     return dlogits, dtarget, weight_gradient(static, logits, target, weight, dloss)
 
 
@@ -55,31 +47,32 @@ row_losses.defvjp(_row_losses_fwd, _row_losses_bwd)
 
 
 @_differentiable
-def row_gradients(static, logits, target, weight, lse, target_sum, dloss, dlse):
+def row_gradients(static, logits, target, weight, upstream):
     """(dlogits, dtarget) per row; lse and target_sum count as functions of the logits. dtarget is None for labels."""
-    return launch.grad(logits, target, weight, lse, target_sum, dloss, dlse, static.options, static.implementation)
+    return sharding.grad(static, logits, target, weight, upstream)
 
 
-def _row_gradients_fwd(static, logits, target, weight, lse, target_sum, dloss, dlse):
-    out = row_gradients(static, logits, target, weight, lse, target_sum, dloss, dlse)
-    return out, (logits, target, weight, dloss, dlse)
+def _row_gradients_fwd(static, logits, target, weight, upstream):
+    return row_gradients(static, logits, target, weight, upstream), (logits, target, weight, upstream)
 
 
 def _row_gradients_bwd(static, residuals, cotangents):
-    logits, target, weight, dloss, dlse = residuals
-    soft = jnp.issubdtype(target.dtype, jnp.floating)
+    logits, target, weight, (_, _, dloss, dlse) = residuals
+    soft = is_soft(target)
+    names = static.axis_name
 
     def plain(logits, soft_target, weight, dloss, dlse):
         labels = soft_target if soft else target
-        logits, labels = reference.without_dead_rows(logits, labels, weight, dloss, dlse, static.options)
+        part = part_of(logits, names)
+        logits, labels = reference.without_dead_rows(static, logits, labels, weight, (dloss, dlse), part)
         # Ignored rows have an lse only where one was asked for.
-        _, lse, target_sum, _ = reference.stats(logits, labels, weight, static.options, static.with_argmax)
-        upstream = (lse, target_sum, dloss, dlse)
-        return reference.grad(logits, labels, weight, *upstream, static.options, with_dtarget=soft, skip_zero=False)
+        out = reference.stats(static, logits, labels, weight, part, names)
+        upstream = Upstream(out.lse, out.target_sum, dloss, dlse)
+        return reference.grad(static.options, logits, labels, weight, upstream, part, skip_zero=False)
 
     _, pull = jax.vjp(plain, logits, target if soft else None, weight, dloss, dlse)
     dlogits, dtarget, dweight, ddloss, ddlse = pull(cotangents)
-    return dlogits, dtarget, dweight, None, None, ddloss, ddlse
+    return dlogits, dtarget, dweight, Upstream(None, None, ddloss, ddlse)  # pyright: ignore[reportArgumentType]
 
 
 row_gradients.defvjp(_row_gradients_fwd, _row_gradients_bwd)
@@ -87,8 +80,8 @@ row_gradients.defvjp(_row_gradients_fwd, _row_gradients_bwd)
 
 @_differentiable
 def fused_rows(static, logits, target, weight, denominator) -> tuple[Stats, Array]:
-    """Statistics of rows, and dlogits of Σ loss / denominator, given for every row: denominator [N]."""
-    return launch.fused(logits, target, weight, denominator, static.options, static.implementation)
+    """Statistics of rows, and dlogits of Σ loss / denominator, given for every row: denominator [...]."""
+    return sharding.fused(static, logits, target, weight, denominator)
 
 
 def _fused_rows_fwd(static, logits, target, weight, denominator):
@@ -97,13 +90,13 @@ def _fused_rows_fwd(static, logits, target, weight, denominator):
 
 def _fused_rows_bwd(static, residuals, cotangents):
     logits, target, weight, denominator = residuals
-    soft = jnp.issubdtype(target.dtype, jnp.floating)
+    soft = is_soft(target)
 
     def unfused(logits, soft_target, weight, denominator):
         labels = soft_target if soft else target
         out = row_losses(static, logits, labels, weight)
-        dlogits, _ = row_gradients(static, logits, labels, weight, out.lse, out.target_sum, 1.0 / denominator, None)
-        return out, dlogits
+        upstream = Upstream(out.lse, out.target_sum, 1.0 / denominator, None)
+        return out, row_gradients(static, logits, labels, weight, upstream)[0]
 
     _, pull = jax.vjp(unfused, logits, target if soft else None, weight, denominator)
     return pull(cotangents)
@@ -119,7 +112,8 @@ def mean_loss(static: Static, logits: Array, target: Array, weight: Array | None
 
 
 def _mean_loss_fwd(static, logits, target, weight, denominator):
-    out, dlogits = fused_rows(static, logits, target, weight, jnp.broadcast_to(denominator, logits.shape[:1]))
+    each = jnp.broadcast_to(denominator, logits.shape[:-1])
+    out, dlogits = fused_rows(static, logits, target, weight, each)
     loss = out.loss.sum() / denominator
     return loss, (dlogits, logits, target, weight, out.lse, out.target_sum, denominator, loss)
 
@@ -128,9 +122,9 @@ def _mean_loss_bwd(static, residuals, g):
     dlogits, logits, target, weight, lse, target_sum, denominator, loss = residuals
     dloss = jnp.broadcast_to(g / denominator, lse.shape)
     dtarget = None
-    if jnp.issubdtype(target.dtype, jnp.floating):
+    if is_soft(target):
         # Unused unless the soft targets are differentiated, and then removed by XLA.
-        _, dtarget = row_gradients(static, logits, target, weight, lse, target_sum, dloss, None)
+        _, dtarget = row_gradients(static, logits, target, weight, Upstream(lse, target_sum, dloss, None))
     dweight = weight_gradient(static, logits, target, weight, dloss)
     scaled = (dlogits.astype(g.dtype) * g).astype(dlogits.dtype)
     return scaled, dtarget, dweight, -g * loss / denominator
@@ -139,13 +133,37 @@ def _mean_loss_bwd(static, residuals, g):
 mean_loss.defvjp(_mean_loss_fwd, _mean_loss_bwd)
 
 
+def whole_cotangent(static: Static, cotangent: Array) -> Array:
+    """The cotangent of a merged output: under shard_map(check_vma=False) each device brings its share of it."""
+    names = static.axis_name
+    if names and not tracks_varying(names):
+        return lax.psum(cotangent, names)
+    return cotangent
+
+
 def weight_gradient(static: Static, logits: Array, target: Array, weight: Array | None, dloss: Array) -> Array | None:
     """dweight by plain operations, which XLA removes where class weights are not differentiated."""
     if weight is None:
         return None
+    part = part_of(logits, static.axis_name)
+    safe, labels = reference.without_dead_rows(static, logits, target, weight, (dloss, None), part)
+    lse = reference.stats(static, safe, labels, weight, part, static.axis_name).lse
+    return reference.weight_grad(static.options, safe, labels, weight, lse, dloss, part)
 
-    def plain(weight):
-        safe, labels = reference.without_dead_rows(logits, target, weight, dloss, None, static.options)
-        return (dloss * reference.stats(safe, labels, weight, static.options, with_argmax=False)[0]).sum()
 
-    return jax.grad(plain)(weight)
+def in_reverse_mode[R](function: Callable[..., R], *arguments) -> R:
+    """function of these rules on arguments, with an error that says what to write where forward mode meets it.
+
+    JAX has no forward mode for custom reverse rules. Under jit it finds out when it lowers, and says so itself.
+    """
+    try:
+        return function(*arguments)
+    except TypeError as error:
+        if "forward-mode autodiff" not in str(error):
+            raise
+    fail(
+        TypeError,
+        "forward-mode differentiation (jax.jvp, jax.jacfwd, jax.hessian) of a loss",
+        "reverse mode, as the gradient is a kernel",
+        "jax.vjp or jax.jacrev; jax.jacrev(jax.grad(f)) for a Hessian",
+    )

@@ -1,4 +1,7 @@
-"""Without a GPU the kernels run under Triton's interpreter, whose variable must be set before triton's import."""
+"""Without a GPU the kernels run under Triton's interpreter, whose variable must be set before triton's import.
+
+JAX's CPU counts as eight devices, for tests of sharding, with or without a GPU beside it.
+"""
 
 import os
 
@@ -7,6 +10,8 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402

@@ -240,14 +240,14 @@ def test_kernels_without_a_gpu_or_an_interpreter_in_jax(monkeypatch):
 
 
 def test_kernels_with_versions_that_do_not_go_together(monkeypatch):
-    from jax_api import launch
+    from jax_api import backend
 
-    monkeypatch.setattr(launch, "_obstacle", lambda: "jax 0.12.0 and jax-triton 0.4.1")
+    monkeypatch.setattr(backend, "_obstacle", lambda: "jax 0.13.0 and jax-triton 0.4.1")
     with pytest.raises(
-        RuntimeError, match=r"with jax 0\.12\.0 and jax-triton 0\.4\.1; required: jax 0\.11\.x with jax-triton"
+        RuntimeError, match=r"with jax 0\.13\.0 and jax-triton 0\.4\.1; required: jax 0\.11 or 0\.12 with jax-triton"
     ):
         jax_api.cross_entropy(jnp.zeros((1, 2)), jnp.array([0]), implementation="triton")
-    monkeypatch.setattr(launch.jax, "default_backend", lambda: "gpu")
-    with pytest.raises(RuntimeError, match=r"got a GPU backend with jax 0\.12\.0 and jax-triton 0\.4\.1"):
+    monkeypatch.setattr(backend.jax, "default_backend", lambda: "gpu")
+    with pytest.raises(RuntimeError, match=r"got a GPU backend with jax 0\.13\.0 and jax-triton 0\.4\.1"):
         jax_api.cross_entropy(jnp.zeros((1, 2)), jnp.array([0]))
     assert jax_api.cross_entropy(jnp.zeros((1, 2)), jnp.array([0]), implementation="reference") > 0

@@ -79,3 +79,15 @@ def test_per_sample():
         assert "gradient within" in result.stdout
         perplexities.append(int(re.findall(r"perplexity +(\d+)", result.stdout)[0]))
     np.testing.assert_allclose(*perplexities, rtol=1e-3)
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_linear_head(framework):
+    result = run("-m", "examples.linear_head", "--framework", framework, "--rows", "300", "--classes", "500")
+    assert result.returncode == 0, result.stderr
+    losses = re.search(r"loss: (\S+) from whole logits, (\S+) in chunks", result.stdout)
+    assert losses is not None
+    assert losses[1] == losses[2]
+    errors = [float(error) for error in re.findall(r"within (\S+) of", result.stdout)]
+    assert len(errors) == 2
+    assert max(errors) < 1e-5

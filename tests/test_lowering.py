@@ -58,9 +58,32 @@ def test_ptx_is_one_that_xla_and_every_supported_gpu_accept(lowered):
         assert call["target"] == "sm_80"
 
 
+@pytest.mark.parametrize("form", ["axis_name", "explicit"])
+def test_every_device_runs_the_kernels_on_its_own_slice(lowered, form):
+    stats, grad = lowered[form]
+    assert [stats["kernel"], grad["kernel"]] == ["cross_entropy_stats_kernel", "cross_entropy_grad_kernel"]
+    for call in (stats, grad):
+        assert call["logits"] == "tensor<32x12576xbf16>"
+        assert call["wide_loads"] >= 1
+    assert grad["aliases"] == [["", "0"]]
+
+
+@pytest.mark.parametrize("form", ["explicit_rows", "one_model_device"])
+def test_rows_alone_sharded_are_the_fused_kernel(lowered, form):
+    (call,) = lowered[form]
+    assert call["kernel"] == "cross_entropy_fused_kernel"
+    assert call["logits"] == "tensor<8x50304xbf16>"
+
+
+def test_export(lowered):
+    """jax.export with the custom call declared: through bytes and back."""
+    assert lowered["exported"] == {"platforms": ["cuda"], "calls": 1, "out": ["float32[]", "bfloat16[64,50304]"]}
+
+
 def test_cpu_programs_hold_no_kernel(lowered):
     assert lowered["cpu"] is False
 
 
-def test_every_kernel_compiles_for_every_dtype_from_ampere_to_blackwell():
-    assert run_compiled("tests.compiled.compile_all") == {"compiled": 4 * 3 * 3 * 3 + 3 * 2}
+def test_every_kernel_compiles_for_every_dtype_from_ampere_to_blackwell_and_for_amd():
+    nvidia, amd, two_levels = 3 * 4, 1, 3 * 2
+    assert run_compiled("tests.compiled.compile_all") == {"compiled": (nvidia + amd) * 3 * 3 + two_levels}

@@ -1,6 +1,7 @@
 """The suite must kill broken kernels: each mutant is one edit of the source, and at least one case must notice it."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -8,8 +9,8 @@ import pytest
 import torch
 
 import ce_kernels
-from ce_kernels import kernels
-from jax_api import launch as jax_launch
+from ce_kernels import elements, kernels, passes
+from jax_api import sharding
 from tests.cases import CASES
 from tests.conftest import HAS_GPU
 from tests.frontends import Jax, Torch
@@ -18,17 +19,17 @@ from torch_api import losses, rules
 
 KERNEL_MUTANTS = {
     "zero_off_target": (
-        "dx = a * tl.exp(x - lse) - dloss * q",
-        "dx = tl.where(cols == label_column, a * tl.exp(x - lse) - dloss * q, 0.0)",
+        "dx = tl.where(cols == label_column, dx - dloss * label_mass, dx)",
+        "dx = tl.where(cols == label_column, dx - dloss * label_mass, 0.0)",
     ),
     "off_target_1_percent_large": (
-        "dx = a * tl.exp(x - lse) - dloss * q",
-        "dx = tl.where(cols == label_column, 1.0, 1.01) * a * tl.exp(x - lse) - dloss * q",
+        "dx = tl.where(cols == label_column, dx - dloss * label_mass, dx)",
+        "dx = tl.where(cols == label_column, dx - dloss * label_mass, 1.01 * dx)",
     ),
-    "smoothing_missing_in_gradient": (
-        'q = tl.where(x == float("-inf"), 0.0, q)',
-        "q = tl.where(cols == label_column, label_mass, 0.0)",
-    ),
+    "smoothing_missing_in_gradient": ("dx, dx - dloss * uniform)", "dx, dx)"),
+    "spread_missing_in_gradient": ('dx -= tl.where(x == float("-inf"), 0.0, dloss * q)', "dx -= 0.0 * q"),
+    "padded_lanes_in_the_sum_of_logits": ("x = tl.where((cols >= 0) & (cols < N_CLASSES), x, 0.0)", "x = x + 0.0"),
+    "smoothing_over_one_class_more": ("spread = N_CLASSES * uniform", "spread = (N_CLASSES + 1) * uniform"),
     "smoothing_over_one_class_less": (
         "label_smoothing / TOTAL_CLASSES",
         "label_smoothing / (TOTAL_CLASSES - 1)",
@@ -36,33 +37,36 @@ KERNEL_MUTANTS = {
     "z_loss_missing_in_gradient": ("a = a + 2.0 * z_loss * lse", "a = a + 0.0 * z_loss"),
     "z_loss_missing_in_loss": ("loss += z_loss * lse * lse", "loss += 0.0 * z_loss"),
     "padded_lanes_counted": (
-        'r = tl.load(logits_row_ptr + cols, mask=mask, other=float("-inf"), eviction_policy=EVICTION).to(DTYPE)',
-        "r = tl.load(logits_row_ptr + cols, mask=mask, other=0.0, eviction_policy=EVICTION).to(DTYPE)",
+        'mask=mask, other=float("-inf"), eviction_policy=EVICTION).to(DTYPE)',
+        "mask=mask, other=0.0, eviction_policy=EVICTION).to(DTYPE)",
+    ),
+    "neighbouring_rows_counted": (
+        'r = tl.where((position >= shift) & (position < shift + N_CLASSES), r, float("-inf"))',
+        "r = r + 0.0",
     ),
     "last_column_dropped_from_statistics": (
-        "for start in tl.range(0, n_read, BLOCK):\n        cols = start + tl.arange(0, BLOCK)\n"
-        "        mask = cols < N_CLASSES",
-        "for start in tl.range(0, n_read, BLOCK):\n        cols = start + tl.arange(0, BLOCK)\n"
-        "        mask = cols < N_CLASSES - 1",
+        "(position < shift + N_CLASSES), r",
+        "(position < shift + N_CLASSES - 1), r",
     ),
     "last_column_dropped_from_gradient": (
-        'tl.store(dlogits_row_ptr + cols, dlogits, mask=mask, cache_modifier=".cs")',
-        'tl.store(dlogits_row_ptr + cols, dlogits, mask=cols < N_CLASSES - 1, cache_modifier=".cs")',
+        "inside = (cols >= 0) & (cols < N_CLASSES)\n    ptrs = row_ptr",
+        "inside = (cols >= 0) & (cols < N_CLASSES - 1)\n    ptrs = row_ptr",
     ),
+    "ends_of_rows_not_stored": ("mask=inside & ~whole)", "mask=whole)"),
     "class_weight_ignored_for_label": ("mass = mass * tl.load(weight_ptr + safe).to(DTYPE)", "mass = mass * 1.0"),
     "class_weight_ignored_for_spread": (
         "q = q * tl.load(weight_ptr + cols, mask=mask, other=0.0).to(DTYPE)",
         "q = q * 1.0",
     ),
     "first_row_scales_every_row": ("dloss_ptr + row * DLOSS_STRIDE", "dloss_ptr + 0 * row"),
-    "masked_group_poisons": ('shift = tl.where(m_new == float("-inf"), 0.0, m_new)', "shift = m_new"),
+    "masked_group_poisons": ('base = tl.where(c_new == float("-inf"), 0.0, c_new)', "base = c_new"),
     "invalid_label_gives_zero": ('tl.where(invalid, float("nan"), loss)', "tl.where(invalid, 0.0, loss)"),
-    "softcap_slope_missing": ("slope = slope * (4.0 * e / ((1.0 + e) * (1.0 + e)))", "slope = slope * 1.0"),
-    "running_sum_not_rescaled": ("d = d * tl.exp(m - shift) + ", "d = d + "),
+    "softcap_slope_missing": ("slope = slope * (4.0 * e * w * w)", "slope = slope * 1.0"),
+    "running_sum_not_rescaled": ("d = d * power(c - base) + ", "d = d + "),
     "scale_slope_missing": ("slope = slope * logit_scale", "slope = slope * 1.0"),
     "dtarget_smoothing_missing": (
-        "mass = mass * (1.0 - label_smoothing)\n                if",
-        "mass = mass * 1.0\n                if",
+        "mass = mass * (1.0 - label_smoothing)\n        if weight_ptr",
+        "mass = mass * 1.0\n        if weight_ptr",
     ),
     "ignored_rows_counted": (
         "loss = tl.where(ignored, 0.0, tl.where(invalid",
@@ -79,31 +83,49 @@ BY_NAME = {case.name: case for case in CASES}
 # Each kills at least one mutant. Labels out of range are NaN on every device only in JAX.
 KILLERS = [
     (Torch("triton", DEVICE), BY_NAME[name])
-    for name in ("classes_1025", "all_options", "weight", "smoothing", "z_loss", "masked_tile", "soft_all_options")
+    for name in (
+        "classes_1025",
+        "bfloat16_1",
+        "all_options",
+        "weight",
+        "smoothing",
+        "z_loss",
+        "masked_tile",
+        "soft_all_options",
+    )
 ] + [(Jax("triton", DEVICE), BY_NAME["invalid_labels"])]
 
 
 @pytest.fixture(autouse=True)
 def fresh_traces():
     """Traces hold the kernels that they were made with: none from before, none for later tests."""
-    cached = (jax_launch._stats, jax_launch._grad, jax_launch._fused)
-    for program in cached:
-        program.cache_clear()
+    sharding._operation.cache_clear()
     yield
-    for program in cached:
-        program.cache_clear()
+    sharding._operation.cache_clear()
 
 
-def load_mutant(module, old: str, new: str, tmp_path, monkeypatch):
-    """module's source with one edit, imported under its own name's suffix."""
-    source = Path(module.__file__).read_text()
-    assert old in source, f"the mutant's text is no longer in {module.__name__}: {old}"
+def load_copy(module, edit, tmp_path, monkeypatch):
+    """module's source after edit, imported under a name of its own."""
     path = tmp_path / f"{module.__name__.rpartition('.')[2]}.py"
-    path.write_text(source.replace(old, new))
+    path.write_text(edit(Path(module.__file__).read_text()))
     spec = importlib.util.spec_from_file_location(f"mutant_{path.stem}", path)
     mutant = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, mutant)
     spec.loader.exec_module(mutant)
+    return mutant
+
+
+def load_kernels(old: str, new: str, tmp_path, monkeypatch):
+    """The kernels, with one edit somewhere in their modules."""
+    found = []
+
+    def edit(source):
+        found.append(old in source)
+        # Each copy imports the copies before it.
+        return re.sub(r"from ce_kernels\.(elements|passes)", r"from mutant_\1", source.replace(old, new))
+
+    *_, mutant = (load_copy(module, edit, tmp_path, monkeypatch) for module in (elements, passes, kernels))
+    assert any(found), f"the mutant's text is no longer in the kernels: {old}"
     return mutant
 
 
@@ -118,13 +140,13 @@ def survives(frontend, case) -> bool:
 
 @pytest.mark.parametrize("name", KERNEL_MUTANTS)
 def test_kernel_mutant_is_killed(name, tmp_path, monkeypatch):
-    mutant = load_mutant(kernels, *KERNEL_MUTANTS[name], tmp_path, monkeypatch)
+    mutant = load_kernels(*KERNEL_MUTANTS[name], tmp_path, monkeypatch)
     monkeypatch.setattr(ce_kernels, "kernels", mutant)
     assert not all(survives(frontend, case) for frontend, case in KILLERS), f"mutant {name} survives"
 
 
 def test_unmutated_kernels_survive(tmp_path, monkeypatch):
-    copy = load_mutant(kernels, "import triton\n", "import triton\n", tmp_path, monkeypatch)
+    copy = load_kernels("import triton\n", "import triton\n", tmp_path, monkeypatch)
     monkeypatch.setattr(ce_kernels, "kernels", copy)
     assert all(survives(frontend, case) for frontend, case in KILLERS)
 
@@ -139,7 +161,9 @@ def second_backward_is_exact() -> bool:
 
 @pytest.mark.parametrize("name", RULE_MUTANTS)
 def test_rule_mutant_is_killed(name, tmp_path, monkeypatch):
-    mutant = load_mutant(rules, *RULE_MUTANTS[name], tmp_path, monkeypatch)
+    old, new = RULE_MUTANTS[name]
+    assert old in Path(rules.__file__).read_text(), f"the mutant's text is no longer in the rules: {old}"
+    mutant = load_copy(rules, lambda source: source.replace(old, new), tmp_path, monkeypatch)
     assert second_backward_is_exact()
     monkeypatch.setattr(losses, "FusedLoss", mutant.FusedLoss)
     assert not second_backward_is_exact(), f"mutant {name} survives"

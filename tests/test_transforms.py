@@ -193,10 +193,26 @@ def test_traced_denominator_is_differentiated(batch):
     assert float(derivative) == pytest.approx(-float(cross_entropy(x, y, reduction="sum")) / 16)
 
 
-def test_forward_mode_says_that_it_is_impossible(batch):
+def test_forward_mode_says_what_to_write_instead(batch):
     x, y, _, _ = (array[0] for array in batch)
-    with pytest.raises(TypeError, match="can't apply forward-mode autodiff"):
-        jax.jvp(lambda x: cross_entropy(x, y), (x,), (x,))
+    message = (
+        r"got forward-mode differentiation .*; required: reverse mode.*; write jax.vjp or jax.jacrev; jax.jacrev\("
+    )
+    for options in ({}, {"reduction": "none"}):
+
+        def loss(x, options=options):
+            return cross_entropy(x, y, **options)
+
+        with pytest.raises(TypeError, match=message):
+            jax.jvp(loss, (x,), (x,))
+        with pytest.raises(TypeError, match=message):
+            jax.jacfwd(loss)(x)
+        with pytest.raises(TypeError, match="can't apply forward-mode autodiff"):
+            jax.jit(lambda x: jax.jvp(loss, (x,), (x,)))(x)
+    with pytest.raises(TypeError, match=message):
+        jax.hessian(lambda x: cross_entropy(x, y))(x)
+    with pytest.raises(TypeError, match=message):
+        jax.jvp(lambda x: cross_entropy_rows(x, y).lse, (x,), (x,))
 
 
 def test_eval_shape_and_dtypes():

@@ -7,6 +7,9 @@ from ce_kernels.spec import fail
 if find_spec("torch") is None:
     fail(ImportError, "torch_api without torch", "torch", "pip install 'ce-kernels[torch]'")
 
+from torch_api.linear import linear_cross_entropy as linear_cross_entropy
+from torch_api.linear import linear_cross_entropy_rows as linear_cross_entropy_rows
+from torch_api.linear_module import LinearCrossEntropyLoss as LinearCrossEntropyLoss
 from torch_api.losses import RowOutputs as RowOutputs
 from torch_api.losses import cross_entropy as cross_entropy
 from torch_api.losses import cross_entropy_rows as cross_entropy_rows

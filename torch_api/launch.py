@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ce_kernels import Launch, Problem, plan_fused, plan_grad, plan_stats
+from ce_kernels.launch import has_clusters
 from ce_kernels.spec import check_implementation, fail
 from torch_api import layout, reference
 from torch_api.rows import Inputs, RowSpec, Stats, Upstream
@@ -45,7 +46,9 @@ def stats(inputs: Inputs, spec: RowSpec, *, with_argmax: bool) -> Stats:
     if spec.implementation == "reference":
         return _plain_stats(inputs, spec, with_argmax)
     logits, target, weight = _readable(inputs)
-    launch = _plan_stats(logits.shape, logits.stride(), logits.dtype, _target_stride(target), spec, with_argmax)
+    launch = _plan_stats(
+        logits.shape, logits.stride(), logits.dtype, _target_stride(target), spec, _place(logits), with_argmax
+    )
     out = _row_outputs(logits)
     predicted = out[0].new_empty(out[0].shape, dtype=torch.int32) if with_argmax else None
     tensors = {"loss_ptr": out[0], "lse_ptr": out[1], "target_sum_ptr": out[2], "predicted_ptr": predicted}
@@ -70,6 +73,7 @@ def grad(
         logits.dtype,
         _target_stride(target),
         spec,
+        _place(logits),
         strides,
         _name(target.dtype) if with_dtarget else None,
         in_place,
@@ -98,7 +102,9 @@ def fused(inputs: Inputs, denominator: Tensor, spec: RowSpec, *, donate: bool = 
         return out, _plain_grad(inputs, upstream, spec, with_dtarget=False, donate=donate)[0]
     logits, target, weight = _readable(inputs)
     in_place = donate or logits is not inputs.logits
-    launch = _plan_fused(logits.shape, logits.stride(), logits.dtype, _target_stride(target), spec, in_place)
+    launch = _plan_fused(
+        logits.shape, logits.stride(), logits.dtype, _target_stride(target), spec, _place(logits), in_place
+    )
     loss, lse, target_sum = _row_outputs(logits)
     dlogits = None if in_place else layout.empty_gradient(logits)
     tensors = {
@@ -192,6 +198,25 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+class _Place(NamedTuple):
+    """What a plan asks of the logits' memory: does it start on a 16-byte boundary; has its device clusters."""
+
+    aligned: bool
+    clusters: bool
+
+
+def _place(logits: Tensor) -> _Place:
+    return _Place(logits.data_ptr() % 16 == 0, _has_clusters(logits.device))
+
+
+@lru_cache
+def _has_clusters(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    major, minor = torch.cuda.get_device_capability(device)
+    return has_clusters(10 * major + minor)
+
+
 class _Call(NamedTuple):
     """A launch and every argument of its kernel that is no tensor; scalars of fp64 problems travel in memory."""
 
@@ -203,27 +228,28 @@ class _Call(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _plan_stats(shape, strides, dtype, target_stride, spec: RowSpec, with_argmax: bool) -> _Call:
-    return _call(plan_stats(_problem(shape, strides, dtype, target_stride, spec), with_argmax=with_argmax), spec)
+def _plan_stats(shape, strides, dtype, target_stride, spec: RowSpec, place: _Place, with_argmax: bool) -> _Call:
+    problem = _problem(shape, strides, dtype, target_stride, spec, place)
+    return _call(plan_stats(problem, with_argmax=with_argmax), spec)
 
 
 @lru_cache(maxsize=4096)
 def _plan_grad(
-    shape, strides, dtype, target_stride, spec: RowSpec, upstream_strides, dtarget: str | None, in_place: bool
+    shape, strides, dtype, target_stride, spec: RowSpec, place: _Place, upstream_strides, dtarget, in_place: bool
 ) -> _Call:
-    problem = _problem(shape, strides, dtype, target_stride, spec)
+    problem = _problem(shape, strides, dtype, target_stride, spec, place)
     dloss, dlse = upstream_strides
     launch = plan_grad(problem, dloss_stride=dloss, dlse_stride=dlse, dtarget_dtype=dtarget, in_place=in_place)
     return _call(launch, spec)
 
 
 @lru_cache(maxsize=4096)
-def _plan_fused(shape, strides, dtype, target_stride, spec: RowSpec, in_place: bool) -> _Call:
-    problem = _problem(shape, strides, dtype, target_stride, spec)
+def _plan_fused(shape, strides, dtype, target_stride, spec: RowSpec, place: _Place, in_place: bool) -> _Call:
+    problem = _problem(shape, strides, dtype, target_stride, spec, place)
     return _call(plan_fused(problem, denominator_stride=0, in_place=in_place), spec)
 
 
-def _problem(shape, strides, dtype: torch.dtype, target_stride: int | None, spec: RowSpec) -> Problem:
+def _problem(shape, strides, dtype: torch.dtype, target_stride: int | None, spec: RowSpec, place: _Place) -> Problem:
     levels = layout.row_levels(shape, strides)
     assert levels is not None
     gradient = layout.gradient_levels(shape, strides)
@@ -239,6 +265,8 @@ def _problem(shape, strides, dtype: torch.dtype, target_stride: int | None, spec
         logits_outer_stride=levels.outer_stride,
         dlogits_stride=gradient.stride,
         dlogits_outer_stride=gradient.outer_stride,
+        aligned=place.aligned,
+        clusters=place.clusters,
     )
 
 
@@ -249,9 +277,7 @@ def _call(launch: Launch, spec: RowSpec) -> _Call:
         in_memory = tuple((name, value) for name, value in spec.options.scalars().items() if isinstance(value, float))
     keywords |= {
         "vocab_start_ptr": None,
-        "num_warps": launch.num_warps,
-        "num_stages": launch.num_stages,
-        "enable_fp_fusion": launch.enable_fp_fusion,
+        **launch.options,
     }
     for name in ("rows_inner", "logits_outer_stride", *(() if "stats" in launch.kernel else ("dlogits_outer_stride",))):
         keywords.setdefault(name, None)

@@ -32,6 +32,12 @@ def is_opaque(*tensors: Tensor | None) -> bool:
     )
 
 
+def is_transformed() -> bool:
+    """Whether torch.func's transforms or forward mode are at work."""
+    active = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return active or forward_ad._current_level >= 0
+
+
 def is_batched(*tensors: Tensor | None) -> bool:
     """Whether a tensor is many, mapped by `torch.autograd.grad(…, is_grads_batched=True)`."""
     return any(x is not None and torch._C._dispatch_keys(x).has(_BATCHED) for x in tensors)

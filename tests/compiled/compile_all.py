@@ -10,14 +10,16 @@ from triton.compiler import ASTSource
 from ce_kernels import Options, Problem, kernels, plan_fused, plan_grad, plan_stats
 
 POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "float64": "*fp64", "int32": "*i32"}
-count = 0
+TARGETS = [GPUTarget("cuda", capability, 32) for capability in (80, 90, 100)] + [GPUTarget("hip", "gfx942", 64)]
+PLAIN = Options()
+EVERY = Options(label_smoothing=0.1, z_loss=1e-3, softcap=30.0, logit_scale=0.5)
 
 
-def compile_launch(launch, problem, options, target, capability, weighted, loss_types):
-    global count
+def compile_launch(launch, problem, options, weighted, loss_types, target):
     kernel = getattr(kernels, launch.kernel)
     compute = POINTERS[problem.compute_dtype]
-    types = {"logits_ptr": POINTERS[problem.logits_dtype], "target_ptr": target, **loss_types}
+    labels = POINTERS[problem.logits_dtype] if problem.soft_targets else "*i64"
+    types = {"logits_ptr": POINTERS[problem.logits_dtype], "target_ptr": labels, **loss_types}
     types |= {output.name: POINTERS[output.dtype] for output in launch.outputs}
     types |= {"weight_ptr": "*fp32"} if weighted else {}
     for name, value in options.scalars().items():
@@ -31,42 +33,43 @@ def compile_launch(launch, problem, options, target, capability, weighted, loss_
     attrs = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
     wide = [i for i, name in enumerate(signature) if name in levels and name != "rows_inner"]
     attrs |= {(i,): [["tt.divisibility", 16]] for i in wide}
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants, attrs),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
-    )
-    assert compiled.asm["cubin"]
-    count += 1
+    compiled = triton.compile(ASTSource(kernel, signature, constants, attrs), target=target, options=launch.options)
+    assert compiled.asm["cubin" if target.backend == "cuda" else "hsaco"]
     if levels:
         assert re.search(r"ld\.global[^\n]*\.v4\.b32", compiled.asm["ptx"]), "narrow loads"
 
 
-plain = Options()
-every = Options(label_smoothing=0.1, z_loss=1e-3, softcap=30.0, logit_scale=0.5)
-for dtype in ("float16", "bfloat16", "float32", "float64"):
-    for capability in (80, 90, 100):
-        for options, soft in ((plain, False), (every, False), (every, True)):
-            n = 32000
-            problem = Problem(8, n, dtype, soft, n, n if soft else 1, n)
-            target, weighted = (POINTERS[dtype] if soft else "*i64"), options is every
-            compute = POINTERS[problem.compute_dtype]
-            rows = {"lse_ptr": compute, "target_sum_ptr": compute, "dloss_ptr": compute, "dlse_ptr": compute}
-            grad = plan_grad(
-                problem, dloss_stride=1, dlse_stride=1, dtarget_dtype=dtype if soft else None, in_place=False
-            )
-            for launch, extra in (
-                (plan_stats(problem, with_argmax=weighted), {}),
-                (grad, rows),
-                (plan_fused(problem, denominator_stride=0, in_place=weighted), {"denominator_ptr": compute}),
-            ):
-                compile_launch(launch, problem, options, target, capability, weighted, extra)
+def launches(problem, options, weighted):
+    """The three kernels' launches for a problem, each with the pointers that only it takes."""
+    compute = POINTERS[problem.compute_dtype]
+    rows = {"lse_ptr": compute, "target_sum_ptr": compute, "dloss_ptr": compute, "dlse_ptr": compute}
+    dtarget = problem.logits_dtype if problem.soft_targets else None
+    yield plan_stats(problem, with_argmax=weighted), {}
+    yield plan_grad(problem, dloss_stride=1, dlse_stride=1, dtarget_dtype=dtarget, in_place=False), rows
+    yield plan_fused(problem, denominator_stride=0, in_place=weighted), {"denominator_ptr": compute}
+
+
+count = 0
+for target in TARGETS:
+    clusters = target.backend == "cuda" and target.arch >= 90
+    for dtype in ("float16", "bfloat16", "float32", "float64") if target.backend == "cuda" else ("bfloat16",):
+        # Aligned, with every option and soft targets; unaligned; long enough for clusters, with few rows.
+        for n_rows, n, options, soft in (
+            (8, 32000, EVERY, True),
+            (8, 50257, EVERY, False),
+            (8, 151936, PLAIN, False),
+        ):
+            problem = Problem(n_rows, n, dtype, soft, n, n if soft else 1, n, clusters=clusters)
+            for launch, extra in launches(problem, options, options is EVERY):
+                compile_launch(launch, problem, options, options is EVERY, extra, target)
+                count += 1
 n, length = 32000, 511
-for capability in (80, 90, 100):
-    two_levels = Problem(8, n, "bfloat16", False, n, 1, n, length, (length + 1) * n, n, length * n)
+two_levels = Problem(8, n, "bfloat16", False, n, 1, n, length, (length + 1) * n, n, length * n)
+for target in TARGETS[:3]:
     for launch, extra in (
         (plan_stats(two_levels, with_argmax=False), {}),
         (plan_fused(two_levels, denominator_stride=0, in_place=False), {"denominator_ptr": "*fp32"}),
     ):
-        compile_launch(launch, two_levels, plain, "*i64", capability, False, extra)
+        compile_launch(launch, two_levels, PLAIN, False, extra, target)
+        count += 1
 print(json.dumps({"compiled": count}))

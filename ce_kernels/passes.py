@@ -1,0 +1,297 @@
+"""Passes over a row: `row_statistics` (loss and lse) and `store_gradient_block` (their derivative).
+
+Here, over the pieces of `ce_kernels.elements`, the formula of `ce_kernels.spec` is computed, and nowhere else.
+This module imports triton, so nothing but a launch may import it.
+"""
+
+import triton
+import triton.language as tl
+
+from ce_kernels.elements import load_logits, logarithm, mask_of, per_nat_of, power, spread_mass, transform, uniform_mass
+
+
+@triton.jit
+def statistics_block(
+    c, d, qx, q_sum, best, best_col,
+    start,
+    logits_row_ptr,
+    target_row_ptr,
+    weight_ptr,
+    shift,
+    active,
+    label_smoothing,
+    logit_scale,
+    softcap,
+    WITH_ARGMAX: tl.constexpr,
+    EDGE: tl.constexpr,
+    EVICTION: tl.constexpr,
+    N_CLASSES: tl.constexpr,
+    TOTAL_CLASSES: tl.constexpr,
+    SOFT_TARGETS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax: the running values of every group of columns, after one more block.
+
+    The maximum c (of x·log₂e) and the sum d of 2^(x·log₂e − c) run per group of GROUP neighbouring columns, which one
+    thread holds, so that no step synchronises the block: 1 + 1/GROUP exponentials an element (after Milakov &
+    Gimelshein 2018).
+    """
+    GROUPS: tl.constexpr = BLOCK // GROUP
+    per_nat = per_nat_of(DTYPE)
+    r = load_logits(logits_row_ptr, start, shift, active, EDGE, EVICTION, N_CLASSES, BLOCK, GROUP, SHIFTED, DTYPE)
+    x, _ = transform(r, logit_scale, softcap)
+    grouped = tl.reshape(x, [GROUPS, GROUP])
+    c_new = tl.maximum(c, tl.max(grouped, axis=1) * per_nat)
+    # A group of only −inf must not make −inf − (−inf) = NaN.
+    base = tl.where(c_new == float("-inf"), 0.0, c_new)
+    d = d * power(c - base) + tl.sum(power(tl.fma(grouped, per_nat, -base[:, None])), axis=1)
+    if uniform_mass(label_smoothing, weight_ptr, TOTAL_CLASSES, SOFT_TARGETS) is not None:
+        # Σx is enough.
+        if EDGE:
+            cols = start + tl.arange(0, BLOCK) - shift
+            x = tl.where((cols >= 0) & (cols < N_CLASSES), x, 0.0)
+        qx += tl.sum(tl.reshape(x, [GROUPS, GROUP]), axis=1)
+    elif SOFT_TARGETS or label_smoothing is not None:
+        cols = start + tl.arange(0, BLOCK) - shift
+        inside = active & (cols >= 0) & (cols < N_CLASSES)
+        q = spread_mass(cols, inside, target_row_ptr, weight_ptr, label_smoothing, TOTAL_CLASSES, SOFT_TARGETS, DTYPE)
+        qx += tl.sum(tl.reshape(tl.where(q != 0, q * x, 0.0), [GROUPS, GROUP]), axis=1)
+        q_sum += tl.sum(tl.reshape(q, [GROUPS, GROUP]), axis=1)
+    if WITH_ARGMAX:
+        # Before the soft cap, which rounds large logits to ties; NaN counts as the largest.
+        key, _ = transform(r, logit_scale, None)
+        key = tl.reshape(tl.where(key != key, float("inf"), key), [GROUPS, GROUP])
+        largest, where = tl.max(key, axis=1, return_indices=True)
+        first = start - shift + tl.arange(0, GROUPS) * GROUP
+        best_col = tl.where(largest > best, first + where, best_col)
+        best = tl.maximum(best, largest)
+    return c_new, d, qx, q_sum, best, best_col
+
+
+@triton.jit
+def row_statistics(
+    logits_row_ptr,
+    target_row_ptr,
+    weight_ptr,
+    shift,
+    active,
+    label_smoothing,
+    logit_scale,
+    softcap,
+    WITH_ARGMAX: tl.constexpr,
+    EVICTION: tl.constexpr,
+    N_CLASSES: tl.constexpr,
+    TOTAL_CLASSES: tl.constexpr,
+    SOFT_TARGETS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    UNROLL: tl.constexpr,
+    EAGER: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """The running values of `statistics_block` after a whole row; a row that is not active is not read.
+
+    EAGER reads the first block all the same: its loads need not wait for the label, which is worth 5 % in a cluster.
+    """
+    FULL: tl.constexpr = N_CLASSES // BLOCK * BLOCK
+    END: tl.constexpr = N_CLASSES + (GROUP - 1 if SHIFTED else 0)
+    c = tl.full([BLOCK // GROUP], float("-inf"), DTYPE)
+    d = tl.zeros([BLOCK // GROUP], DTYPE)
+    qx = tl.zeros([BLOCK // GROUP], DTYPE)
+    q_sum = tl.zeros([BLOCK // GROUP], DTYPE)
+    best = tl.full([BLOCK // GROUP], float("-inf"), DTYPE)
+    best_col = tl.zeros([BLOCK // GROUP], tl.int32)
+    if FULL > 0 and (EAGER or SHIFTED):
+        c, d, qx, q_sum, best, best_col = statistics_block(
+            c, d, qx, q_sum, best, best_col, 0, logits_row_ptr, target_row_ptr, weight_ptr, shift,
+            mask_of(shift >= 0) if EAGER else active, label_smoothing, logit_scale, softcap, WITH_ARGMAX, SHIFTED,
+            EVICTION, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, BLOCK, GROUP, SHIFTED, DTYPE,
+        )  # fmt: skip
+    for start in tl.range(
+        BLOCK if EAGER or SHIFTED else 0, tl.where(active, FULL, 0), BLOCK, loop_unroll_factor=UNROLL
+    ):
+        c, d, qx, q_sum, best, best_col = statistics_block(
+            c, d, qx, q_sum, best, best_col, start, logits_row_ptr, target_row_ptr, weight_ptr, shift, active,
+            label_smoothing, logit_scale, softcap, WITH_ARGMAX, False, EVICTION, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS,
+            BLOCK, GROUP, SHIFTED, DTYPE,
+        )  # fmt: skip
+    for start in tl.static_range(FULL, END, BLOCK):
+        c, d, qx, q_sum, best, best_col = statistics_block(
+            c, d, qx, q_sum, best, best_col, start, logits_row_ptr, target_row_ptr, weight_ptr, shift, active,
+            label_smoothing, logit_scale, softcap, WITH_ARGMAX, True, EVICTION, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS,
+            BLOCK, GROUP, SHIFTED, DTYPE,
+        )  # fmt: skip
+    return c, d, qx, q_sum, best, best_col
+
+
+@triton.jit
+def store_statistics(
+    c, d, qx, q_sum, best, best_col,
+    row,
+    label_mass,
+    label_x,
+    ignored,
+    invalid,
+    uniform,
+    z_loss,
+    loss_ptr,
+    lse_ptr,
+    target_sum_ptr,
+    predicted_ptr,
+    SPREAD: tl.constexpr,
+    N_CLASSES: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Merges the groups' running values and writes the row's loss, lse, s = Σq and argmax.
+
+    Where there is a uniform mass, qx holds Σx instead of Σq·x.
+    Returns lse and s.
+    """
+    per_nat = per_nat_of(DTYPE)
+    c_row = tl.max(c, axis=0)
+    base = tl.where(c_row == float("-inf"), 0.0, c_row)
+    log_d = logarithm(tl.sum(d * power(c - base), axis=0))
+    s = label_mass
+    # Against the row's maximum first: a confident row keeps its small loss.
+    loss = tl.where(label_mass != 0, -label_mass * tl.fma(label_x, per_nat, -base) / per_nat, 0.0)
+    if uniform is not None:
+        spread = N_CLASSES * uniform
+        s = s + spread
+        loss += spread * base / per_nat - uniform * tl.sum(qx, axis=0)
+    elif SPREAD:
+        spread = tl.sum(q_sum, axis=0)
+        s = s + spread
+        loss += spread * base / per_nat - tl.sum(qx, axis=0)
+    loss += tl.where(s != 0, s * log_d / per_nat, 0.0)
+    lse = (base + log_d) / per_nat
+    if predicted_ptr is not None:
+        is_best = best == tl.max(best, axis=0)
+        predicted = tl.min(tl.where(is_best, best_col, N_CLASSES - 1), axis=0)
+        tl.store(predicted_ptr + row, predicted)
+    else:
+        lse = tl.where(ignored, 0.0, lse)
+    if z_loss is not None:
+        loss += z_loss * lse * lse
+    loss = tl.where(ignored, 0.0, tl.where(invalid, float("nan"), loss))
+    s = tl.where(ignored, 0.0, tl.where(invalid, float("nan"), s))
+    tl.store(loss_ptr + row, loss)
+    tl.store(lse_ptr + row, lse)
+    tl.store(target_sum_ptr + row, s)
+    return lse, s
+
+
+@triton.jit
+def exponent(lse, DTYPE: tl.constexpr):
+    """lse in exponents' units, and the factor that undoes that product's rounding: p = 2^(x·log₂e − lse₂)·factor."""
+    lse2 = lse * per_nat_of(DTYPE)
+    return lse2, power(-tl.fma(lse, per_nat_of(DTYPE), -lse2))
+
+
+@triton.jit
+def upstream(lse, s, dloss, dlse, z_loss):
+    """a = dloss·(s + 2λ·lse) + dlse of dx = a·p − dloss·q, and whether the row has an upstream gradient at all."""
+    a = s
+    if z_loss is not None:
+        a = a + 2.0 * z_loss * lse
+    a = tl.where(dloss == 0, 0.0, dloss * a)
+    if dlse is not None:
+        a = a + dlse
+    return a, mask_of((a != 0) | (dloss != 0))
+
+
+@triton.jit
+def store_block(
+    row_ptr,
+    values,
+    start,
+    shift,
+    EDGE: tl.constexpr,
+    N_CLASSES: tl.constexpr,
+    WIDE_STORES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    SHIFTED: tl.constexpr,
+):
+    """Writes what of a block lies inside the row: by whole groups where WIDE_STORES says that they align."""
+    position = start + tl.arange(0, BLOCK)
+    cols = position - shift
+    inside = (cols >= 0) & (cols < N_CLASSES)
+    ptrs = row_ptr + (position if WIDE_STORES else cols)
+    if not EDGE:
+        tl.store(ptrs, values, cache_modifier=".cs")
+    elif SHIFTED and WIDE_STORES:
+        # The parts of groups at the row's two ends one by one.
+        group = position // GROUP * GROUP
+        whole = (group >= shift) & (group + GROUP <= shift + N_CLASSES)
+        tl.store(ptrs, values, mask=whole, cache_modifier=".cs")
+        tl.store(ptrs, values, mask=inside & ~whole)
+    else:
+        tl.store(ptrs, values, mask=inside, cache_modifier=".cs")
+
+
+@triton.jit
+def store_gradient_block(
+    start,
+    logits_row_ptr,
+    target_row_ptr,
+    weight_ptr,
+    shift,
+    active,
+    label_column,
+    label_mass,
+    a,
+    dloss,
+    lse2,
+    label_smoothing,
+    logit_scale,
+    softcap,
+    dlogits_row_ptr,
+    dtarget_row_ptr,
+    EDGE: tl.constexpr,
+    N_CLASSES: tl.constexpr,
+    TOTAL_CLASSES: tl.constexpr,
+    SOFT_TARGETS: tl.constexpr,
+    WIDE_STORES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """dlogits_k = slope_k·(a·p_k − b·q_k) and dtarget_k = b·(1−α)·w_k·(lse − x_k) of a block, with b = dloss.
+
+    A row without upstream gradient (not active) is not read; its gradient is 0 whatever it holds. So is that of a
+    masked class. Blocks that are no EDGE must be of active rows.
+    """
+    position = start + tl.arange(0, BLOCK)
+    cols = position - shift
+    inside = (cols >= 0) & (cols < N_CLASSES)
+    r = load_logits(
+        logits_row_ptr, start, shift, active, EDGE, "evict_first", N_CLASSES, BLOCK, GROUP, SHIFTED, DTYPE
+    )  # fmt: skip
+    x, slope = transform(r, logit_scale, softcap)
+    dx = a * power(tl.fma(x, per_nat_of(DTYPE), -lse2))
+    dx = tl.where(cols == label_column, dx - dloss * label_mass, dx)
+    uniform = uniform_mass(label_smoothing, weight_ptr, TOTAL_CLASSES, SOFT_TARGETS)
+    if uniform is not None:
+        dx = tl.where(x == float("-inf"), dx, dx - dloss * uniform)
+    elif SOFT_TARGETS or label_smoothing is not None:
+        q = spread_mass(
+            cols, inside & active, target_row_ptr, weight_ptr, label_smoothing, TOTAL_CLASSES, SOFT_TARGETS, DTYPE
+        )
+        dx -= tl.where(x == float("-inf"), 0.0, dloss * q)
+    if logit_scale is not None or softcap is not None:
+        dx = dx * slope
+    dlogits = dx.to(dlogits_row_ptr.dtype.element_ty)
+    store_block(dlogits_row_ptr, dlogits, start, shift, EDGE, N_CLASSES, WIDE_STORES, BLOCK, GROUP, SHIFTED)
+    if dtarget_row_ptr is not None:
+        mass = tl.zeros([BLOCK], DTYPE) + dloss
+        if label_smoothing is not None:
+            mass = mass * (1.0 - label_smoothing)
+        if weight_ptr is not None:
+            mass = mass * tl.load(weight_ptr + cols, mask=inside, other=0.0).to(DTYPE)
+        dt = tl.where(mass != 0, mass * (lse2 / per_nat_of(DTYPE) - x), 0.0)
+        tl.store(dtarget_row_ptr + cols, dt.to(dtarget_row_ptr.dtype.element_ty), mask=inside)

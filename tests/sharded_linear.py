@@ -1,0 +1,139 @@
+"""What each process runs for `tests/test_linear_torch.py`: `python -m tests.sharded_linear RANK SIZE FILE`."""
+
+import sys
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.nn.functional import linear
+
+from tests.sharded import OPTIONS, N, V, close, make, same_everywhere
+from torch_api import (
+    LinearCrossEntropyLoss,
+    cross_entropy,
+    cross_entropy_rows,
+    linear_cross_entropy,
+    linear_cross_entropy_rows,
+)
+
+D = 5
+
+
+def head():
+    """hidden [N, D], weight [V, D], bias [V]: the same on every process."""
+    torch.manual_seed(1)
+    return tuple(torch.randn(shape, dtype=torch.float64) for shape in ((N, D), (V, D), (V,)))
+
+
+def own(array, rank, size, axis=0):
+    return array.detach().chunk(size, axis)[rank].contiguous().requires_grad_(array.is_floating_point())
+
+
+def process_group_cases(rank, size):
+    """Weights sharded by rows: loss, hidden's gradient whole on every process, weight's and bias's own slices."""
+    _, labels, soft, class_weight = make()
+    whole = [x.requires_grad_() for x in head()]
+    own_weight = class_weight.chunk(size)[rank]
+    for implementation in ("reference", "triton"):
+        for name, options in OPTIONS.items():
+            for reduction in ("mean", "sum", "none") if name == "all" else ("mean",):
+                for target in (labels, soft):
+                    kind = {"reduction": reduction, **options}
+                    expected = cross_entropy(linear(*whole), target, class_weight, **kind)
+                    right = torch.autograd.grad(expected.sin().sum(), whole)
+                    hidden, weight, bias = own(whole[0], 0, 1), *(own(x, rank, size) for x in whole[1:])
+                    part = target if target is labels else target.chunk(size, -1)[rank]
+                    kind |= {"implementation": implementation, "process_group": dist.group.WORLD}
+                    # Four rows of this slice a chunk: two rows over.
+                    budget = 4 * 8 * V // size
+                    loss = linear_cross_entropy(hidden, weight, part, bias, own_weight, max_logits_bytes=budget, **kind)
+                    close(same_everywhere(loss), expected)
+                    grads = torch.autograd.grad(loss.sin().sum(), (hidden, weight, bias))
+                    close(same_everywhere(grads[0]), right[0])
+                    for got, want in zip(grads[1:], right[1:], strict=True):
+                        close(got, want.chunk(size)[rank])
+
+
+def rows_and_compile(rank, size):
+    _, labels, _, _ = make()
+    whole = [x.requires_grad_() for x in head()]
+    expected = cross_entropy_rows(linear(*whole), labels)
+    right = torch.autograd.grad((expected.lse.square() + expected.loss).sum(), whole)
+    hidden, weight, bias = own(whole[0], 0, 1), *(own(x, rank, size) for x in whole[1:])
+    options = {"process_group": dist.group.WORLD, "max_logits_bytes": 4 * 8 * V // size}
+
+    def rows(hidden, weight, bias):
+        return linear_cross_entropy_rows(hidden, weight, labels, bias, **options)
+
+    for function in (rows, torch.compile(rows, fullgraph=True, backend="aot_eager")):
+        found = function(hidden, weight, bias)
+        for got, want in zip(found, expected, strict=True):
+            close(same_everywhere(got), want)
+        grads = torch.autograd.grad((found.lse.square() + found.loss).sum(), (hidden, weight, bias))
+        close(grads[0], right[0])
+        close(grads[1], right[1].chunk(size)[rank])
+    criterion = LinearCrossEntropyLoss(max_logits_bytes=options["max_logits_bytes"])
+    loss = criterion(hidden, weight, labels, bias, process_group=dist.group.WORLD)
+    close(loss, cross_entropy(linear(*whole), labels))
+    (first,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="got forward mode or a second derivative of a sharded"):
+        torch.autograd.grad(first.sum(), hidden)
+
+
+class Model(nn.Module):
+    """A body and a head whose logits nobody sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(8, D), nn.Linear(D, V)
+
+    def forward(self, x, labels, tokens):
+        return linear_cross_entropy(self.body(x), self.head.weight, labels, self.head.bias, denominator=tokens)
+
+
+def fsdp(rank, size):
+    """FSDP2: parameters are gathered around the forward that holds the loss; each process has its own rows."""
+    torch.manual_seed(0)
+    model = Model()
+    x, labels = torch.randn(size, N, 8), make()[1].expand(size, N).clone()
+    labels[0, 3:] = -100
+    tokens = (labels != -100).sum()
+    whole = model(x.flatten(0, 1), labels.flatten(), tokens)
+    expected = torch.autograd.grad(whole, list(model.parameters()))
+    fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+    # FSDP averages gradients over processes.
+    (model(x[rank], labels[rank], tokens) * size).backward()
+    for parameter, right in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad.full_tensor(), right)
+
+
+def dtensors_are_explained(rank, size):
+    hidden, weight, _ = head()
+    sharded = distribute_tensor(weight, init_device_mesh("cpu", (size,)), [Shard(0)])
+    with pytest.raises(TypeError, match=r"got weight of type DTensor; required: plain tensors; write .*process_group"):
+        linear_cross_entropy(hidden, sharded, make()[1])
+
+
+CASES = [process_group_cases, rows_and_compile, fsdp, dtensors_are_explained]
+
+
+def main() -> None:
+    rank, size, file = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=size)
+    for case in CASES:
+        case(rank, size)
+        dist.barrier()
+        if rank == 0:
+            print(f"passed {case.__name__}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""A linear head's arguments, checked, as rows."""
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ce_kernels import Options
+from ce_kernels.checks import Facts, check_target, check_weight
+from ce_kernels.linear import check_chunking, check_linear
+from ce_kernels.spec import fail
+from torch_api import tracing
+from torch_api.arguments import divisor
+from torch_api.launch import choose_implementation
+from torch_api.linear_chunks import Head, Static
+from torch_api.reference import compute_dtype, is_ignored
+from torch_api.rows import Inputs, RowSpec
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class LinearChoices(NamedTuple):
+    """The arguments that are no tensors and no options of a row."""
+
+    max_logits_bytes: int
+    accumulation: str
+    process_group: "ProcessGroup | None"
+    implementation: str | None
+
+
+def checked_head(head: Head, options: Options, choices: LinearChoices) -> tuple[Head, Static]:
+    """The user's arrays, checked, as rows; and what is known without data."""
+    check_chunking(choices.max_logits_bytes, choices.accumulation)
+    _check_plain(head)
+    hidden, weight, labels = _facts("hidden", head.hidden), _facts("weight", head.weight), _facts("labels", head.target)
+    n_classes = check_linear(hidden, weight, None if head.bias is None else _facts("bias", head.bias), 0)
+    logits = Facts("hidden @ weight.T", (*hidden.shape[:-1], n_classes), hidden.dtype)
+    soft = check_target(logits, labels, len(logits.shape) - 1, options)
+    if head.class_weight is not None:
+        check_weight(_facts("class_weight", head.class_weight), n_classes)
+        if head.class_weight.requires_grad and torch.is_grad_enabled():
+            passed = "class_weight that requires a gradient"
+            fail(ValueError, passed, "class weights that are not trained", "class_weight.detach()")
+    n_rows = math.prod(hidden.shape[:-1])
+    target = head.target.reshape(n_rows, n_classes) if soft else head.target.reshape(n_rows)
+    if soft and target.stride(-1) != 1:
+        target = target.contiguous()
+    if not soft:
+        # Narrow and unsigned integers cannot hold a negative ignore_index.
+        target = target if target.dtype in (torch.int32, torch.int64) else target.long()
+        options = options.for_labels(_facts("labels", target).dtype)
+    rows = head._replace(
+        hidden=head.hidden.reshape(n_rows, hidden.shape[-1]),
+        target=target,
+        class_weight=None if head.class_weight is None else head.class_weight.contiguous(),
+    )
+    spec = RowSpec(options, choose_implementation(choices.implementation, head.hidden.device))
+    group = None
+    if choices.process_group is not None:
+        from torch_api import distributed
+
+        spec = distributed.local_spec(spec, distributed.equal_shards(n_classes, choices.process_group))
+        group = choices.process_group.group_name
+    return rows, Static(spec, int(choices.max_logits_bytes), choices.accumulation, _logits_dtype(head), group)
+
+
+def _check_plain(head: Head) -> None:
+    """Raises TypeError or ValueError unless the arguments are plain tensors on one device."""
+    for name, x in zip(("hidden", "weight", "bias", "labels", "class_weight"), head, strict=True):
+        if x is None and name in ("bias", "class_weight"):
+            continue
+        if not isinstance(x, Tensor):
+            fail(TypeError, f"{name} of type {type(x).__name__}", "a torch.Tensor", f"torch.as_tensor({name})")
+        if tracing.is_dtensor(x):
+            fail(
+                TypeError,
+                f"{name} of type DTensor",
+                "plain tensors",
+                "the call inside the forward of a module whose parameters FSDP2 gathers, full_tensor(), or to_local() "
+                "and process_group for a weight whose rows are sharded over hidden states that are not",
+            )
+        if x.device != head.hidden.device:
+            passed = f"{name} on {x.device} with hidden on {head.hidden.device}"
+            fail(ValueError, passed, "one device", f"{name}.to(hidden.device)")
+
+
+def _logits_dtype(head: Head) -> torch.dtype:
+    """The dtype of `hidden @ weight.T + bias`: autocast's, or the one that all of them have."""
+    operands = [x for x in head[:3] if x is not None]
+    device = head.hidden.device.type
+    # Autocast leaves float64 alone.
+    available = torch.amp.is_autocast_available(device)
+    if available and torch.is_autocast_enabled(device) and not any(x.dtype == torch.float64 for x in operands):
+        return torch.get_autocast_dtype(device)
+    for name, x in (("weight", head.weight), ("bias", head.bias)):
+        if x is not None and x.dtype != head.hidden.dtype:
+            passed = f"{_facts(name, x)} with {_facts('hidden', head.hidden)}"
+            fail(TypeError, passed, "one dtype, or autocast", f"{name}.to(hidden.dtype)")
+    return head.hidden.dtype
+
+
+def divided_by(head: Head, static: Static, denominator: float | Tensor | None) -> Tensor:
+    """The 0-d divisor of `mean`, on the device, without reading it."""
+    # Of the logits only dtype and device are asked for.
+    nothing = head.hidden.new_empty(0, dtype=static.dtype)
+    inputs = Inputs(nothing, head.target, head.class_weight)
+    weighted = head.class_weight is not None and not head.target.is_floating_point()
+    if static.group is not None and weighted and denominator is None:
+        return _label_mass(inputs, static).sum()
+    by = divisor(inputs, static.spec, denominator)
+    return by if isinstance(by, Tensor) else torch.full((), by, dtype=compute_dtype(nothing), device=nothing.device)
+
+
+def _label_mass(inputs: Inputs, static: Static) -> Tensor:
+    """The weight of every row's label, wherever in the sharded vocabulary it is; 0 for rows that are ignored."""
+    from torch.distributed import _functional_collectives
+
+    spec, weight = static.spec, inputs.weight
+    assert weight is not None
+    assert spec.vocab_start is not None
+    assert spec.total_classes is not None
+    column = inputs.target.long() - spec.vocab_start
+    inside = (column >= 0) & (column < len(weight))
+    own = torch.where(inside, weight.to(compute_dtype(inputs.logits))[torch.where(inside, column, 0)], 0.0)
+    whole = _functional_collectives.all_reduce(own, "sum", static.group)  # pyright: ignore[reportArgumentType]
+    valid = (inputs.target >= 0) & (inputs.target < spec.total_classes)
+    return torch.where(is_ignored(inputs, spec.options), 0.0, torch.where(valid, whole, 1.0))
+
+
+def _facts(name: str, value: Tensor) -> Facts:
+    return Facts(name, tuple(value.shape), str(value.dtype).removeprefix("torch."))

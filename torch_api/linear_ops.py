@@ -1,0 +1,111 @@
+"""The chunk loops of `torch_api.linear_chunks` as library operations, which tracers see whole and never look into.
+
+An operation's outputs are tensors: an empty one stands for what is not wanted.
+"""
+
+from dataclasses import astuple
+
+import torch
+from torch import Tensor
+
+from ce_kernels import Options
+from torch_api import linear_chunks
+from torch_api.linear_chunks import Head, Static, row_outputs
+from torch_api.rows import RowSpec, Upstream
+
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight"
+_STATIC = (
+    "int? ignore_index, float label_smoothing, float z_loss, float? softcap, float logit_scale, str implementation, "
+    "int? vocab_start, int? total_classes, int max_logits_bytes, str accumulation, ScalarType dtype, str? group"
+)
+_ROWS, _GRADIENTS = "Tensor loss, Tensor lse, Tensor target_sum", "Tensor dhidden, Tensor dweight, Tensor dbias"
+_UPSTREAM = "Tensor lse, Tensor target_sum, Tensor dloss, Tensor? dlse"
+_SCHEMAS = (
+    f"stats({_HEAD}, {_STATIC}, bool with_argmax) -> ({_ROWS}, Tensor predicted)",
+    f"fused({_HEAD}, Tensor denominator, {_STATIC}, bool[] wanted) -> ({_ROWS}, {_GRADIENTS})",
+    f"grad({_HEAD}, {_UPSTREAM}, {_STATIC}, bool[] wanted) -> ({_GRADIENTS}, Tensor dtarget)",
+)
+_library = torch.library.Library("ce_kernels_linear", "DEF")
+
+
+def linear_stats(head: Head, static: Static, *, with_argmax: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss, lse, s and argmax of every row."""
+    return torch.ops.ce_kernels_linear.stats(*head, *_flat(static), with_argmax)
+
+
+def linear_fused(
+    head: Head, denominator: Tensor, static: Static, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, lse, s of every row, and dhidden, dweight, dbias of Σ loss / denominator."""
+    return torch.ops.ce_kernels_linear.fused(*head, denominator, *_flat(static), wanted)
+
+
+def linear_grad(
+    head: Head, upstream: Upstream, static: Static, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dhidden, dweight, dbias, dtarget for any upstream gradients."""
+    return torch.ops.ce_kernels_linear.grad(*head, *upstream, *_flat(static), wanted)
+
+
+def _flat(static: Static) -> tuple:
+    """In the types of a schema."""
+    options, *rest = static.spec.options, *astuple(static.spec)[1:]
+    return *astuple(options), *rest, *static[1:]
+
+
+def _static(flat: tuple) -> Static:
+    return Static(RowSpec(Options(*flat[:5]), *flat[5:8]), *flat[8:])
+
+
+def _stats(*arguments):
+    head, static = Head(*arguments[:5]), _static(arguments[5:-1])
+    loss, lse, target_sum, predicted = linear_chunks.stats(head, static, with_argmax=arguments[-1])
+    return loss, lse, target_sum, loss.new_empty(0, dtype=torch.int32) if predicted is None else predicted
+
+
+def _fused(*arguments):
+    head, denominator, static = Head(*arguments[:5]), arguments[5], _static(arguments[6:-1])
+    out, gradients = linear_chunks.fused(head, denominator, static, arguments[-1])
+    return *out[:3], *(_present(x, head) for x in gradients.finished())
+
+
+def _grad(*arguments):
+    head, upstream, static = Head(*arguments[:5]), Upstream(*arguments[5:9]), _static(arguments[9:-1])
+    gradients, dtarget = linear_chunks.grad(head, upstream, static, arguments[-1])
+    return *(_present(x, head) for x in gradients.finished()), _present(dtarget, head)
+
+
+def _present(x: Tensor | None, head: Head) -> Tensor:
+    return head.hidden.new_empty(0) if x is None else x
+
+
+def _fake_stats(*arguments):
+    head = Head(*arguments[:5])
+    n_rows = head.hidden.shape[0] if arguments[-1] else 0
+    return *row_outputs(head, _static(arguments[5:-1])), head.hidden.new_empty(n_rows, dtype=torch.int32)
+
+
+def _fake_fused(*arguments):
+    head = Head(*arguments[:5])
+    return *row_outputs(head, _static(arguments[6:-1])), *_fake_gradients(head, arguments[-1])[:3]
+
+
+def _fake_grad(*arguments):
+    return _fake_gradients(Head(*arguments[:5]), arguments[-1])
+
+
+def _fake_gradients(head: Head, wanted: list[bool]) -> tuple[Tensor, ...]:
+    wanted = [*wanted, False][:4]
+    # Contiguous, whatever the strides of the input: a bias may be an expanded number.
+    return tuple(
+        x.new_empty(x.shape) if want and x is not None else head.hidden.new_empty(0)
+        for x, want in zip(head[:4], wanted, strict=True)
+    )
+
+
+for _schema, _function, _fake in zip(
+    _SCHEMAS, (_stats, _fused, _grad), (_fake_stats, _fake_fused, _fake_grad), strict=True
+):
+    _name = _library.define(_schema)
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ce_kernels_linear::{_name}", _fake, lib=_library)
