@@ -14,32 +14,30 @@ def to_rows(
     Mapped class weights (the array at position `weight`) take a call each, since a launch has one vector of them.
     """
     if in_dims[weight] is not None and arrays[weight] is not None:
-        parts = [
-            function(*(_own(array, dim, i) for array, dim in zip(arrays, in_dims, strict=True))) for i in range(size)
-        ]
-        if not parts:
-            none = function(*(_own(array, dim, None) for array, dim in zip(arrays, in_dims, strict=True)))
-            parts = [none]
-            stacked = [None if column[0] is None else column[0][None][:0] for column in zip(*parts, strict=True)]
-        else:
-            stacked = [None if column[0] is None else torch.stack(column) for column in zip(*parts, strict=True)]
+        stacked = _one_by_one(function, size, in_dims, arrays)
     else:
         mapped = [
             array if i == weight or array is None else _first(array, dim, size)
             for i, (array, dim) in enumerate(zip(arrays, in_dims, strict=True))
         ]
         stacked = function(*mapped)
-    return tuple(stacked), tuple(None if out is None or out.ndim == 0 else 0 for out in stacked)
+    return tuple(stacked), tuple(None if out is None else 0 for out in stacked)
+
+
+def _one_by_one(function: Callable, size: int, in_dims: tuple[int | None, ...], arrays: tuple[Tensor | None, ...]):
+    def own(i: int) -> tuple:
+        pairs = zip(arrays, in_dims, strict=True)
+        return function(*(x if x is None or dim is None else x.select(dim, i) for x, dim in pairs))
+
+    if size:
+        return [None if outs[0] is None else torch.stack(outs) for outs in zip(*map(own, range(size)), strict=True)]
+    # Of nothing, only the shapes are known: those of one made up.
+    made_up = tuple(
+        x if x is None or dim is None else x.new_zeros([n if i != dim else 1 for i, n in enumerate(x.shape)])
+        for x, dim in zip(arrays, in_dims, strict=True)
+    )
+    return [None if out is None else out[:0] for out in _one_by_one(function, 1, in_dims, made_up)]
 
 
 def _first(array: Tensor, dim: int | None, size: int) -> Tensor:
     return array.expand(size, *array.shape) if dim is None else array.movedim(dim, 0)
-
-
-def _own(array: Tensor | None, dim: int | None, index: int | None) -> Tensor | None:
-    if array is None or dim is None:
-        return array
-    if index is None:
-        moved = array.movedim(dim, 0)
-        return array.new_zeros(moved.shape[1:])
-    return array.select(dim, index)
