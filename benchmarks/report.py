@@ -78,6 +78,14 @@ def memory_table(results: dict) -> list[str]:
     return rows([name for name, _ in found], [[f"{held / size:.2f}" for _, held in found]])
 
 
+def host_table(results: dict) -> list[str]:
+    """Host microseconds of an eager PyTorch call, and what of it the bare launches take."""
+    host = results["host"]
+    names = [name for name in host if not name.endswith(": bare")]
+    cells = [f"{host[name]:.0f}" + (f" ({host[bare]:.0f})" if host[bare := f"{name}: bare"] else "") for name in names]
+    return rows(names, [cells])
+
+
 def section(results: dict) -> str:
     """All that stands between the markers."""
     about = results["environment"]
@@ -93,6 +101,10 @@ def section(results: dict) -> str:
         "multiples of the logits:",
         "",
         *memory_table(results),
+        "",
+        "Host time of an eager PyTorch call in microseconds (of it, the bare launches):",
+        "",
+        *host_table(results),
         "",
         "![Training step against vocabulary and rows](docs/speed.svg)",
         "",

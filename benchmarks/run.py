@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import torch_api
 from benchmarks.contenders import jax_contenders, torch_contenders
 from benchmarks.growth import growth
+from benchmarks.host import measure
 from benchmarks.names import OURS_JAX, OURS_TORCH, OVERWRITES
 from benchmarks.shapes import LLAMA3, SHAPES, Shape
 from benchmarks.timing import cuda_ms, interleaved, jax_ms, mistake, peak_bytes
@@ -232,7 +233,7 @@ def run(out: Path | None) -> Path:
     """Runs everything and writes the results as JSON; the file's name tells GPU and date unless one is given."""
     about = environment()
     results = {"environment": about, "shapes": [run_shape(shape) for shape in SHAPES]}
-    results |= {"options": options(), "growth": growth()}
+    results |= {"options": options(), "growth": growth(), "host": measure(64, 1024)}
     if out is None:
         gpu = about["gpu"].removeprefix("NVIDIA ").replace(" ", "-").lower()
         out = Path(__file__).parent / "results" / f"{gpu}-{about['date']}.json"

@@ -23,7 +23,7 @@ def interleaved[K](functions: Mapping[K, Callable[[int], object]], repeats: int 
     for turn in range(repeats):
         for name, function in functions.items():
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda._sleep(2_000_000)  # cycles: about 1 ms
+            torch.cuda._sleep(4_000_000)  # cycles: about 2 ms
             start.record()
             function(turn)
             stop.record()

@@ -2,8 +2,8 @@
 
 The formula stands in `ce_kernels.spec`. An argument that is None removes its code.
 
-Exponents are base 2: exp(x − lse) = 2^(x·log₂e − lse₂) is one fused multiply-add and one exponential. In fp64 they stay
-base e, which rounds less. `per_nat`, log₂e or 1, converts.
+Exponents are base 2: one multiplication and one instruction for the exponential. In fp64 they stay base e, which rounds
+less. `per_nat`, log₂e or 1, converts.
 
 Rows that start between 16-byte boundaries (GROUPs of neighbouring columns) are walked from the boundary before them:
 SHIFTED kernels count positions from there, column = position − shift, load whole groups, the neighbouring rows'

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ce_kernels.elements import aligned, mask_of, row_offset, row_target, scalar, uniform_mass
-from ce_kernels.passes import exponent, row_statistics, store_block, store_gradient_block, store_statistics, upstream
+from ce_kernels.passes import row_statistics, store_block, store_gradient_block, store_statistics, upstream
 
 
 @triton.jit(do_not_specialize=["ignore_index", "rows_inner"])
@@ -69,12 +69,12 @@ def cross_entropy_stats_kernel(
     active = mask_of(~ignored)
     if WITH_ARGMAX:
         active = mask_of(row >= 0)
-    c, d, qx, q_sum, best, best_col = row_statistics(
+    m, d, qx, q_sum, best, best_col = row_statistics(
         logits_ptr + start, target_ptr + row * TARGET_STRIDE, weight_ptr, shift, active, alpha, scale, cap, WITH_ARGMAX,
         "evict_first", N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, BLOCK, GROUP, SHIFTED, UNROLL, EAGER, DTYPE,
     )  # fmt: skip
     store_statistics(
-        c, d, qx, q_sum, best, best_col, row, mass, label_x, ignored, invalid,
+        m, d, qx, q_sum, best, best_col, row, mass, label_x, ignored, invalid,
         uniform_mass(alpha, weight_ptr, TOTAL_CLASSES, SOFT_TARGETS), scalar(z_loss, DTYPE, SCALARS_IN_MEMORY),
         loss_ptr, lse_ptr, target_sum_ptr, predicted_ptr, SOFT_TARGETS or label_smoothing is not None, N_CLASSES, DTYPE,
     )  # fmt: skip
@@ -139,8 +139,7 @@ def cross_entropy_grad_kernel(
     dloss = tl.where(ignored, 0.0, tl.load(dloss_ptr + row * DLOSS_STRIDE).to(DTYPE))
     lse = tl.load(lse_ptr + row)
     a, active = upstream(lse, tl.load(target_sum_ptr + row), dloss, dlse, scalar(z_loss, DTYPE, SCALARS_IN_MEMORY))
-    lse2, factor = exponent(tl.where(active, lse, 0.0), DTYPE)
-    a *= factor
+    lse = tl.where(active, lse, 0.0)
     if dlogits_ptr is None:
         dlogits_row_ptr = logits_ptr + start
     else:
@@ -151,13 +150,13 @@ def cross_entropy_grad_kernel(
     if active & (first >= shift) & (first + BLOCK <= N_CLASSES):
         store_gradient_block(
             first, logits_ptr + start, target_ptr + row * TARGET_STRIDE, weight_ptr, shift, active, column, mass, a,
-            dloss, lse2, alpha, scale, cap, dlogits_row_ptr, dtarget_row_ptr, False, N_CLASSES, TOTAL_CLASSES,
+            dloss, lse, alpha, scale, cap, dlogits_row_ptr, dtarget_row_ptr, False, N_CLASSES, TOTAL_CLASSES,
             SOFT_TARGETS, WIDE_STORES, BLOCK, GROUP, SHIFTED, DTYPE,
         )  # fmt: skip
     else:
         store_gradient_block(
             first, logits_ptr + start, target_ptr + row * TARGET_STRIDE, weight_ptr, shift, active, column, mass, a,
-            dloss, lse2, alpha, scale, cap, dlogits_row_ptr, dtarget_row_ptr, True, N_CLASSES, TOTAL_CLASSES,
+            dloss, lse, alpha, scale, cap, dlogits_row_ptr, dtarget_row_ptr, True, N_CLASSES, TOTAL_CLASSES,
             SOFT_TARGETS, WIDE_STORES, BLOCK, GROUP, SHIFTED, DTYPE,
         )  # fmt: skip
 
@@ -220,20 +219,19 @@ def cross_entropy_fused_kernel(
         row, logits_ptr + offset, target_ptr, weight_ptr, vocab_start_ptr, ignore_index, alpha, scale,
         cap, 0, N_CLASSES, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, DTYPE,
     )  # fmt: skip
-    c, d, qx, q_sum, best, best_col = row_statistics(
+    m, d, qx, q_sum, best, best_col = row_statistics(
         logits_row_ptr, target_row_ptr, weight_ptr, shift, mask_of(~ignored), alpha, scale, cap, False, "evict_last",
         N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, BLOCK, GROUP, SHIFTED, UNROLL, EAGER, DTYPE,
     )  # fmt: skip
     lse, s = store_statistics(
-        c, d, qx, q_sum, best, best_col, row, mass, label_x, ignored, invalid,
+        m, d, qx, q_sum, best, best_col, row, mass, label_x, ignored, invalid,
         uniform_mass(alpha, weight_ptr, TOTAL_CLASSES, SOFT_TARGETS), z_weight, loss_ptr, lse_ptr, target_sum_ptr, None,
         SOFT_TARGETS or label_smoothing is not None, N_CLASSES, DTYPE,
     )  # fmt: skip
 
     dloss = tl.where(ignored, 0.0, 1.0 / denominator)
     a, active = upstream(lse, s, dloss, None, z_weight)
-    lse2, factor = exponent(tl.where(active, lse, 0.0), DTYPE)
-    a *= factor
+    lse = tl.where(active, lse, 0.0)
     mass = tl.where(active & (label_x != float("-inf")), mass, 0.0)
     if dlogits_ptr is None:
         dlogits_row_ptr = logits_row_ptr
@@ -243,20 +241,20 @@ def cross_entropy_fused_kernel(
     if active:
         for edge in tl.static_range(FULL, END, BLOCK):
             store_gradient_block(
-                edge, logits_row_ptr, target_row_ptr, weight_ptr, shift, active, column, mass, a, dloss, lse2, alpha,
+                edge, logits_row_ptr, target_row_ptr, weight_ptr, shift, active, column, mass, a, dloss, lse, alpha,
                 scale, cap, dlogits_row_ptr, None, True, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, WIDE_STORES, BLOCK,
                 GROUP, SHIFTED, DTYPE,
             )  # fmt: skip
         for step in tl.range(FIRST, FULL, BLOCK, loop_unroll_factor=UNROLL):
             first = FIRST + FULL - BLOCK - step if BACKWARDS else step
             store_gradient_block(
-                first, logits_row_ptr, target_row_ptr, weight_ptr, shift, active, column, mass, a, dloss, lse2, alpha,
+                first, logits_row_ptr, target_row_ptr, weight_ptr, shift, active, column, mass, a, dloss, lse, alpha,
                 scale, cap, dlogits_row_ptr, None, False, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, WIDE_STORES, BLOCK,
                 GROUP, SHIFTED, DTYPE,
             )  # fmt: skip
         if SHIFTED and FULL > 0:
             store_gradient_block(
-                0, logits_row_ptr, target_row_ptr, weight_ptr, shift, active, column, mass, a, dloss, lse2, alpha,
+                0, logits_row_ptr, target_row_ptr, weight_ptr, shift, active, column, mass, a, dloss, lse, alpha,
                 scale, cap, dlogits_row_ptr, None, True, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, WIDE_STORES, BLOCK,
                 GROUP, SHIFTED, DTYPE,
             )  # fmt: skip

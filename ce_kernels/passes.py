@@ -12,7 +12,7 @@ from ce_kernels.elements import load_logits, logarithm, mask_of, per_nat_of, pow
 
 @triton.jit
 def statistics_block(
-    c, d, qx, q_sum, best, best_col,
+    m, d, qx, q_sum, best, best_col,
     start,
     logits_row_ptr,
     target_row_ptr,
@@ -35,19 +35,18 @@ def statistics_block(
 ):  # fmt: skip
     """One step of the online softmax: the running values of every group of columns, after one more block.
 
-    The maximum c (of x·log₂e) and the sum d of 2^(x·log₂e − c) run per group of GROUP neighbouring columns, which one
-    thread holds, so that no step synchronises the block: 1 + 1/GROUP exponentials an element (after Milakov &
-    Gimelshein 2018).
+    The maximum m of x and the sum d of exp(x − m) run per group of GROUP neighbouring columns, which one thread holds,
+    so that no step synchronises the block: 1 + 1/GROUP exponentials an element (after Milakov & Gimelshein 2018).
     """
     GROUPS: tl.constexpr = BLOCK // GROUP
     per_nat = per_nat_of(DTYPE)
     r = load_logits(logits_row_ptr, start, shift, active, EDGE, EVICTION, N_CLASSES, BLOCK, GROUP, SHIFTED, DTYPE)
     x, _ = transform(r, logit_scale, softcap)
     grouped = tl.reshape(x, [GROUPS, GROUP])
-    c_new = tl.maximum(c, tl.max(grouped, axis=1) * per_nat)
+    m_new = tl.maximum(m, tl.max(grouped, axis=1))
     # A group of only −inf must not make −inf − (−inf) = NaN.
-    base = tl.where(c_new == float("-inf"), 0.0, c_new)
-    d = d * power(c - base) + tl.sum(power(tl.fma(grouped, per_nat, -base[:, None])), axis=1)
+    shift_by = tl.where(m_new == float("-inf"), 0.0, m_new)
+    d = d * power((m - shift_by) * per_nat) + tl.sum(power((grouped - shift_by[:, None]) * per_nat), axis=1)
     if uniform_mass(label_smoothing, weight_ptr, TOTAL_CLASSES, SOFT_TARGETS) is not None:
         # Σx is enough.
         if EDGE:
@@ -68,7 +67,7 @@ def statistics_block(
         first = start - shift + tl.arange(0, GROUPS) * GROUP
         best_col = tl.where(largest > best, first + where, best_col)
         best = tl.maximum(best, largest)
-    return c_new, d, qx, q_sum, best, best_col
+    return m_new, d, qx, q_sum, best, best_col
 
 
 @triton.jit
@@ -99,38 +98,38 @@ def row_statistics(
     """
     FULL: tl.constexpr = N_CLASSES // BLOCK * BLOCK
     END: tl.constexpr = N_CLASSES + (GROUP - 1 if SHIFTED else 0)
-    c = tl.full([BLOCK // GROUP], float("-inf"), DTYPE)
+    m = tl.full([BLOCK // GROUP], float("-inf"), DTYPE)
     d = tl.zeros([BLOCK // GROUP], DTYPE)
     qx = tl.zeros([BLOCK // GROUP], DTYPE)
     q_sum = tl.zeros([BLOCK // GROUP], DTYPE)
     best = tl.full([BLOCK // GROUP], float("-inf"), DTYPE)
     best_col = tl.zeros([BLOCK // GROUP], tl.int32)
     if FULL > 0 and (EAGER or SHIFTED):
-        c, d, qx, q_sum, best, best_col = statistics_block(
-            c, d, qx, q_sum, best, best_col, 0, logits_row_ptr, target_row_ptr, weight_ptr, shift,
+        m, d, qx, q_sum, best, best_col = statistics_block(
+            m, d, qx, q_sum, best, best_col, 0, logits_row_ptr, target_row_ptr, weight_ptr, shift,
             mask_of(shift >= 0) if EAGER else active, label_smoothing, logit_scale, softcap, WITH_ARGMAX, SHIFTED,
             EVICTION, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, BLOCK, GROUP, SHIFTED, DTYPE,
         )  # fmt: skip
     for start in tl.range(
         BLOCK if EAGER or SHIFTED else 0, tl.where(active, FULL, 0), BLOCK, loop_unroll_factor=UNROLL
     ):
-        c, d, qx, q_sum, best, best_col = statistics_block(
-            c, d, qx, q_sum, best, best_col, start, logits_row_ptr, target_row_ptr, weight_ptr, shift, active,
+        m, d, qx, q_sum, best, best_col = statistics_block(
+            m, d, qx, q_sum, best, best_col, start, logits_row_ptr, target_row_ptr, weight_ptr, shift, active,
             label_smoothing, logit_scale, softcap, WITH_ARGMAX, False, EVICTION, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS,
             BLOCK, GROUP, SHIFTED, DTYPE,
         )  # fmt: skip
     for start in tl.static_range(FULL, END, BLOCK):
-        c, d, qx, q_sum, best, best_col = statistics_block(
-            c, d, qx, q_sum, best, best_col, start, logits_row_ptr, target_row_ptr, weight_ptr, shift, active,
+        m, d, qx, q_sum, best, best_col = statistics_block(
+            m, d, qx, q_sum, best, best_col, start, logits_row_ptr, target_row_ptr, weight_ptr, shift, active,
             label_smoothing, logit_scale, softcap, WITH_ARGMAX, True, EVICTION, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS,
             BLOCK, GROUP, SHIFTED, DTYPE,
         )  # fmt: skip
-    return c, d, qx, q_sum, best, best_col
+    return m, d, qx, q_sum, best, best_col
 
 
 @triton.jit
 def store_statistics(
-    c, d, qx, q_sum, best, best_col,
+    m, d, qx, q_sum, best, best_col,
     row,
     label_mass,
     label_x,
@@ -152,22 +151,22 @@ def store_statistics(
     Returns lse and s.
     """
     per_nat = per_nat_of(DTYPE)
-    c_row = tl.max(c, axis=0)
-    base = tl.where(c_row == float("-inf"), 0.0, c_row)
-    log_d = logarithm(tl.sum(d * power(c - base), axis=0))
+    m_row = tl.max(m, axis=0)
+    m_row = tl.where(m_row == float("-inf"), 0.0, m_row)
+    log_d = logarithm(tl.sum(d * power((m - m_row) * per_nat), axis=0)) / per_nat
     s = label_mass
     # Against the row's maximum first: a confident row keeps its small loss.
-    loss = tl.where(label_mass != 0, -label_mass * tl.fma(label_x, per_nat, -base) / per_nat, 0.0)
+    loss = tl.where(label_mass != 0, label_mass * (m_row - label_x), 0.0)
     if uniform is not None:
         spread = N_CLASSES * uniform
         s = s + spread
-        loss += spread * base / per_nat - uniform * tl.sum(qx, axis=0)
+        loss += spread * m_row - uniform * tl.sum(qx, axis=0)
     elif SPREAD:
         spread = tl.sum(q_sum, axis=0)
         s = s + spread
-        loss += spread * base / per_nat - tl.sum(qx, axis=0)
-    loss += tl.where(s != 0, s * log_d / per_nat, 0.0)
-    lse = (base + log_d) / per_nat
+        loss += spread * m_row - tl.sum(qx, axis=0)
+    loss += tl.where(s != 0, s * log_d, 0.0)
+    lse = m_row + log_d
     if predicted_ptr is not None:
         is_best = best == tl.max(best, axis=0)
         predicted = tl.min(tl.where(is_best, best_col, N_CLASSES - 1), axis=0)
@@ -182,13 +181,6 @@ def store_statistics(
     tl.store(lse_ptr + row, lse)
     tl.store(target_sum_ptr + row, s)
     return lse, s
-
-
-@triton.jit
-def exponent(lse, DTYPE: tl.constexpr):
-    """lse in exponents' units, and the factor that undoes that product's rounding: p = 2^(x·log₂e − lse₂)·factor."""
-    lse2 = lse * per_nat_of(DTYPE)
-    return lse2, power(-tl.fma(lse, per_nat_of(DTYPE), -lse2))
 
 
 @triton.jit
@@ -245,7 +237,7 @@ def store_gradient_block(
     label_mass,
     a,
     dloss,
-    lse2,
+    lse,
     label_smoothing,
     logit_scale,
     softcap,
@@ -273,7 +265,7 @@ def store_gradient_block(
         logits_row_ptr, start, shift, active, EDGE, "evict_first", N_CLASSES, BLOCK, GROUP, SHIFTED, DTYPE
     )  # fmt: skip
     x, slope = transform(r, logit_scale, softcap)
-    dx = a * power(tl.fma(x, per_nat_of(DTYPE), -lse2))
+    dx = a * power((x - lse) * per_nat_of(DTYPE))
     dx = tl.where(cols == label_column, dx - dloss * label_mass, dx)
     uniform = uniform_mass(label_smoothing, weight_ptr, TOTAL_CLASSES, SOFT_TARGETS)
     if uniform is not None:
@@ -293,5 +285,5 @@ def store_gradient_block(
             mass = mass * (1.0 - label_smoothing)
         if weight_ptr is not None:
             mass = mass * tl.load(weight_ptr + cols, mask=inside, other=0.0).to(DTYPE)
-        dt = tl.where(mass != 0, mass * (lse2 / per_nat_of(DTYPE) - x), 0.0)
+        dt = tl.where(mass != 0, mass * (lse - x), 0.0)
         tl.store(dtarget_row_ptr + cols, dt.to(dtarget_row_ptr.dtype.element_ty), mask=inside)

@@ -158,6 +158,10 @@ def _launch(launch: Launch, arguments: dict, shapes: dict[str, jax.ShapeDtypeStr
 
     kernel = getattr(kernels, launch.kernel)
     absent = dict.fromkeys(set(kernel.arg_names) - {name for name, _ in launch.constants} - set(shapes))
+    # Inside of a loop XLA (jaxlib 0.11.2) would fuse the slicing of operands and results into the call, and with it
+    # forget that they share memory: the gradient would land in the logits, and nowhere else.
+    guard = lax.optimization_barrier if launch.in_place else lambda arrays: arrays
+    arguments = arguments | {"logits_ptr": guard(arguments["logits_ptr"])}
     with warnings.catch_warnings():
         # jax-triton prefers Refs, which lose the varying-axes type inside cond and scan under shard_map.
         warnings.filterwarnings("ignore", "input_output_aliases is deprecated", DeprecationWarning)
@@ -171,7 +175,7 @@ def _launch(launch: Launch, arguments: dict, shapes: dict[str, jax.ShapeDtypeStr
             input_output_aliases={0: len(shapes) - 1} if launch.in_place else None,
             **absent | arguments | dict(launch.constants),
         )
-    return dict(zip(shapes, out, strict=True))
+    return dict(zip(shapes, guard(tuple(out)), strict=True))
 
 
 def _interpret(launch: Launch, arguments: dict, shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:

@@ -19,6 +19,8 @@ import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)
+# On GPUs JAX multiplies float32 matrices in tf32 unless it is asked not to; the bounds here are float32's.
+jax.config.update("jax_default_matmul_precision", "highest")
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=15)
 settings.load_profile("default")
 

@@ -91,6 +91,8 @@ def test_no_synchronisation():
             torch.cuda.set_sync_debug_mode("default")
 
 
+# PyTorch 2.11 warns of the warm-up's stream.
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")
 def test_cuda_graph():
     hidden, weight, labels = problem()
 

@@ -59,10 +59,10 @@ KERNEL_MUTANTS = {
         "q = q * 1.0",
     ),
     "first_row_scales_every_row": ("dloss_ptr + row * DLOSS_STRIDE", "dloss_ptr + 0 * row"),
-    "masked_group_poisons": ('base = tl.where(c_new == float("-inf"), 0.0, c_new)', "base = c_new"),
+    "masked_group_poisons": ('shift_by = tl.where(m_new == float("-inf"), 0.0, m_new)', "shift_by = m_new"),
     "invalid_label_gives_zero": ('tl.where(invalid, float("nan"), loss)', "tl.where(invalid, 0.0, loss)"),
     "softcap_slope_missing": ("slope = slope * (4.0 * e * w * w)", "slope = slope * 1.0"),
-    "running_sum_not_rescaled": ("d = d * power(c - base) + ", "d = d + "),
+    "running_sum_not_rescaled": ("d = d * power((m - shift_by) * per_nat) + ", "d = d + "),
     "scale_slope_missing": ("slope = slope * logit_scale", "slope = slope * 1.0"),
     "dtarget_smoothing_missing": (
         "mass = mass * (1.0 - label_smoothing)\n        if weight_ptr",

@@ -190,6 +190,7 @@ def test_donation_under_compile_says_what_to_write():
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_kernels_really_run_in_compiled_graphs(backend):
     torch.manual_seed(0)

@@ -91,7 +91,8 @@ def _logits_dtype(head: Head) -> torch.dtype:
     operands = [x for x in head[:3] if x is not None]
     device = head.hidden.device.type
     # Autocast leaves float64 alone.
-    available = torch.amp.is_autocast_available(device)
+    # What compilers cannot trace on every version they need not ask: where they work, autocast is available.
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
     if available and torch.is_autocast_enabled(device) and not any(x.dtype == torch.float64 for x in operands):
         return torch.get_autocast_dtype(device)
     for name, x in (("weight", head.weight), ("bias", head.bias)):
