@@ -78,6 +78,12 @@ def memory_table(results: dict) -> list[str]:
     return rows([name for name, _ in found], [[f"{held / size:.2f}" for _, held in found]])
 
 
+def flax_table(results: dict) -> list[str]:
+    """Temporary memory of a jitted Flax step by loss, in GiB."""
+    held = results["flax_step_bytes"]
+    return rows(list(held), [[f"{size / 2**30:.2f} GiB" for size in held.values()]])
+
+
 def host_table(results: dict) -> list[str]:
     """Host microseconds of an eager PyTorch call, and what of it the bare launches take."""
     host = results["host"]
@@ -101,6 +107,10 @@ def section(results: dict) -> str:
         "multiples of the logits:",
         "",
         *memory_table(results),
+        "",
+        "Temporary memory of a jitted Flax training step (head, loss, both gradients, SGD) at 4096×128256:",
+        "",
+        *flax_table(results),
         "",
         "Host time of an eager PyTorch call in microseconds (of it, the bare launches):",
         "",

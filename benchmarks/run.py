@@ -17,6 +17,7 @@ import torch_api
 from benchmarks.contenders import jax_contenders, torch_contenders
 from benchmarks.growth import growth
 from benchmarks.host import measure
+from benchmarks.memory_jax import temporary_bytes
 from benchmarks.names import OURS_JAX, OURS_TORCH, OVERWRITES
 from benchmarks.shapes import LLAMA3, SHAPES, Shape
 from benchmarks.timing import cuda_ms, interleaved, jax_ms, mistake, peak_bytes
@@ -232,12 +233,15 @@ def output(*command: str) -> str:
 def run(out: Path | None) -> Path:
     """Runs everything and writes the results as JSON; the file's name tells GPU and date unless one is given."""
     about = environment()
-    results = {"environment": about, "shapes": [run_shape(shape) for shape in SHAPES]}
-    results |= {"options": options(), "growth": growth(), "host": measure(64, 1024)}
     if out is None:
         gpu = about["gpu"].removeprefix("NVIDIA ").replace(" ", "-").lower()
         out = Path(__file__).parent / "results" / f"{gpu}-{about['date']}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
+    results: dict = {"environment": about, "host": measure(64, 1024), "shapes": []}
+    for shape in SHAPES:
+        results["shapes"].append(run_shape(shape))
+        out.write_text(json.dumps(results, indent=1) + "\n")
+    results |= {"options": options(), "growth": growth(), "flax_step_bytes": temporary_bytes()}
     out.write_text(json.dumps(results, indent=1) + "\n")
     print(f"wrote {out}")
     return out
