@@ -1,18 +1,21 @@
-"""Derivatives: custom_vjp over the row operations of `jax_api.sharding`.
+"""Derivatives: custom rules over the row operations of `jax_api.sharding`.
 
     row_losses      Stats of rows, for any upstream gradients of loss and lse: statistics, then gradient
     row_gradients   the backward of row_losses as an operation of its own, so that it can be differentiated again
     fused_rows      row_losses and row_gradients in one launch
-    mean_loss       Σ loss / denominator with the gradient computed in the forward: the fast path of training
+    mean_loss       Σ loss / denominator with the gradient computed in the forward: the fast path of training, and a
+                    custom_jvp, as a gradient that is known already serves forward mode and reverse mode alike
 
 Second derivatives go through the plain operations of `jax_api.reference`, differentiated by JAX.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 
 from ce_kernels.spec import fail
 from jax_api import reference, sharding
@@ -105,32 +108,33 @@ def _fused_rows_bwd(static, residuals, cotangents):
 fused_rows.defvjp(_fused_rows_fwd, _fused_rows_bwd)
 
 
-@_differentiable
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def mean_loss(static: Static, logits: Array, target: Array, weight: Array | None, denominator: Array) -> Array:
     """Σ loss / denominator. Without a gradient it is one read of the logits."""
     return row_losses(static, logits, target, weight).loss.sum() / denominator
 
 
-def _mean_loss_fwd(static, logits, target, weight, denominator):
+@partial(mean_loss.defjvp, symbolic_zeros=True)
+def _mean_loss_jvp(static, primals, tangents):
+    """A linear function of the tangents whose coefficients are the gradient: JAX transposes it for reverse mode."""
+    logits, target, weight, denominator = primals
+    dx, dt, dw, dd = tangents
     each = jnp.broadcast_to(denominator, logits.shape[:-1])
     out, dlogits = fused_rows(static, logits, target, weight, each)
     loss = out.loss.sum() / denominator
-    return loss, (dlogits, logits, target, weight, out.lse, out.target_sum, denominator, loss)
+    slope = _inner(dlogits, dx, loss.dtype) + _inner(-loss / denominator, dd, loss.dtype)
+    if is_soft(target) and not isinstance(dt, SymbolicZero):
+        upstream = Upstream(out.lse, out.target_sum, 1.0 / each, None)
+        slope += _inner(row_gradients(static, logits, target, weight, upstream)[1], dt, loss.dtype)
+    if weight is not None and not isinstance(dw, SymbolicZero):
+        slope += _inner(weight_gradient(static, logits, target, weight, 1.0 / each), dw, loss.dtype)
+    return loss, slope
 
 
-def _mean_loss_bwd(static, residuals, g):
-    dlogits, logits, target, weight, lse, target_sum, denominator, loss = residuals
-    dloss = jnp.broadcast_to(g / denominator, lse.shape)
-    dtarget = None
-    if is_soft(target):
-        # Unused unless the soft targets are differentiated, and then removed by XLA.
-        _, dtarget = row_gradients(static, logits, target, weight, Upstream(lse, target_sum, dloss, None))
-    dweight = weight_gradient(static, logits, target, weight, dloss)
-    scaled = (dlogits.astype(g.dtype) * g).astype(dlogits.dtype)
-    return scaled, dtarget, dweight, -g * loss / denominator
-
-
-mean_loss.defvjp(_mean_loss_fwd, _mean_loss_bwd)
+def _inner(coefficients, tangent, dtype):
+    if isinstance(tangent, SymbolicZero):
+        return jnp.zeros((), dtype)
+    return (coefficients.astype(dtype) * tangent.astype(dtype)).sum()
 
 
 def whole_cotangent(static: Static, cotangent: Array) -> Array:
@@ -152,9 +156,9 @@ def weight_gradient(static: Static, logits: Array, target: Array, weight: Array 
 
 
 def in_reverse_mode[R](function: Callable[..., R], *arguments) -> R:
-    """function of these rules on arguments, with an error that says what to write where forward mode meets it.
+    """function of these rules on arguments; where forward mode meets a custom_vjp, an error says what to write instead.
 
-    JAX has no forward mode for custom reverse rules. Under jit it finds out when it lowers, and says so itself.
+    Under jit JAX finds out when it lowers, and says so itself.
     """
     try:
         return function(*arguments)
@@ -163,7 +167,7 @@ def in_reverse_mode[R](function: Callable[..., R], *arguments) -> R:
             raise
     fail(
         TypeError,
-        "forward-mode differentiation (jax.jvp, jax.jacfwd, jax.hessian) of a loss",
-        "reverse mode, as the gradient is a kernel",
+        "forward-mode differentiation (jax.jvp, jax.jacfwd, jax.hessian)",
+        "reverse mode, or first derivatives of reduction='mean' or 'sum'",
         "jax.vjp or jax.jacrev; jax.jacrev(jax.grad(f)) for a Hessian",
     )
