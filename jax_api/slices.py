@@ -76,7 +76,8 @@ def _merge(out: Stats, names: Names) -> Stats:
     top = lax.pmax(lse, names)
     base = jnp.where(top == -jnp.inf, 0.0, top)
     masked = lse == -jnp.inf
-    loss = loss + s * jnp.where(masked, 0.0, base - lse)
+    # An ignored row, s = 0, may hold NaN.
+    loss = loss + s * jnp.where(masked | (s == 0), 0.0, base - lse)
     # Mass on a slice of only masked classes: infinitely wrong, and undefined where the whole row is masked.
     wrong = jnp.where(top == -jnp.inf, jnp.nan, jnp.copysign(jnp.inf, s))
     loss = jnp.where(masked & (s != 0), wrong, loss)
