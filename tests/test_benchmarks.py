@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import plots, report
+from benchmarks import plots, report, tune
 from benchmarks.timing import mistake
+from ce_kernels import Problem
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -46,6 +47,19 @@ def test_readme_claims_no_figure_without_a_result():
 @pytest.mark.parametrize("claim", ["1.5× the copy", "takes 3 ms", "90 % of the limit", "2 times faster"])
 def test_a_claim_without_a_result_is_found(claim):
     assert FIGURE.search(outside_of_results(README + claim))
+
+
+@pytest.mark.parametrize("kernel", ["fused", "stats", "grad"])
+@pytest.mark.parametrize("n_classes", [1000, 50257, 262144])
+def test_tuning_tries_what_can_be_launched(kernel, n_classes):
+    problem = Problem(64, n_classes, "bfloat16", False, n_classes, 1, n_classes, clusters=True)
+    found = tune.candidates(kernel, n_classes, itemsize=2)
+    assert len(set(found)) == len(found) >= 5
+    for config in found:
+        launch = tune.plan(kernel, problem, config)
+        assert launch.config == config
+        # One 16-byte vector a thread at the least.
+        assert config.block * 2 >= config.num_ctas * config.num_warps * 32 * 16
 
 
 @pytest.mark.parametrize("wrong", ["", "loss", "off target", "target"])
