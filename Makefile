@@ -43,12 +43,15 @@ lint: $(VENV)/ready
 clean:
 	rm -rf $(VENV)
 
-# jax-cuda13-plugin without its CUDA libraries (20 MB): lowering for CUDA needs it, on machines without a GPU too.
+# Without a GPU, jax-cuda13-plugin without its CUDA libraries (20 MB): lowering for CUDA needs it there too.
 $(VENV)/ready: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.12 or newer is needed: make PYTHON=/path/to/python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[jax,torch,examples,test,dev]"
-	test "$$(uname)" != Linux || \
-		$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt jax-cuda13-plugin
+	if command -v nvidia-smi > /dev/null; then \
+		$(BIN)/python -m pip install --quiet --constraint constraints.txt "jax[cuda13]"; \
+	elif test "$$(uname)" = Linux; then \
+		$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt jax-cuda13-plugin; \
+	fi
 	touch $@

@@ -1,4 +1,5 @@
-"""Host time of a call: `python -m benchmarks.host` on a GPU; without one, with launches replaced by nothing.
+"""Host time of a call: `python -m benchmarks.host` on a GPU; without one, with TRITON_INTERPRET=1 and
+launches replaced by nothing.
 
 Microseconds from call to return, the device left behind: the median of batches that fit into the launch queue. "bare"
 is `kernel[grid](…)` with the arguments that the call passes; without a GPU it is nothing, and the rest is Python's.

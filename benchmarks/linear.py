@@ -25,7 +25,7 @@ import torch_api
 from benchmarks.run import environment
 from benchmarks.shapes import GEMMA, LLAMA3, QWEN
 
-RESULTS = Path(__file__).parent / "results" / "linear_h200.json"
+RESULTS = Path(__file__).parent / "results" / "linear" / "h200.json"
 GIB = 2**30
 CHECKED = 64
 REPEATS = 7

@@ -12,7 +12,7 @@ BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
 def newest() -> Path:
     """The results with the latest date in their name."""
-    return max(RESULTS.glob("*.json"), key=lambda path: path.stem[-len("2026-01-01") :])
+    return max(RESULTS.glob("*-????-??-??.json"), key=lambda path: path.stem[-len("2026-01-01") :])
 
 
 def read() -> dict:

@@ -42,7 +42,9 @@ def linear_cross_entropy(
     axis_name: str | tuple[str, ...] | None = None,
     implementation: Implementation | None = None,
 ) -> Array:
-    r"""`jax_api.cross_entropy(hidden @ weight + bias, labels)`, never holding more than a chunk of logits.
+    r"""`jax_api.cross_entropy(hidden @ weight + bias, labels)`, from chunks of logits.
+
+    First derivatives never hold more than a chunk; second ones hold whole logits.
 
     `mean` and `sum` compute the gradients in the forward pass, with three matmuls in all; `none`, float16, and
     gradients of soft labels compute the logits again in the backward pass. What is not differentiated (a frozen head,
@@ -204,8 +206,7 @@ def _check_sharding(head: Head) -> None:
         if x is None:
             continue
         sharding = jax.typeof(x).sharding
-        explicit = AxisType.Explicit in sharding.mesh.axis_types
-        if explicit and any(entry is not None for entry in sharding.spec):
+        if AxisType.Explicit in sharding.mesh.axis_types:
             fail(
                 ValueError,
                 f"{name} sharded as {sharding.spec} over explicit mesh axes",

@@ -37,7 +37,9 @@ def linear_cross_entropy(
     process_group: "ProcessGroup | None" = None,
     implementation: Implementation | None = None,
 ) -> Tensor:
-    r"""`torch_api.cross_entropy(hidden @ weight.T + bias, labels, dim=-1)`, never holding more than a chunk of logits.
+    r"""`torch_api.cross_entropy(hidden @ weight.T + bias, labels, dim=-1)`, from chunks of logits.
+
+    First derivatives never hold more than a chunk; second ones hold whole logits.
 
     `mean` and `sum` compute the gradients in the forward pass, with three matmuls in all; `none`, float16, and
     gradients of soft labels or of the denominator compute the logits again in the backward pass: four. A gradient that

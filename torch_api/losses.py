@@ -74,12 +74,14 @@ def cross_entropy(
 
     Returns:
         The loss in nats: float32 (float64 for float64 input); in target's shape for `none`, else 0-d. Out-of-range
-        class indices raise on the CPU; on a device they make their row's loss and gradient NaN.
+        class indices raise in eager calls on the CPU; on a device, under torch.compile and under torch.func they make
+        their row's loss and gradient NaN.
 
     Raises:
         TypeError, ValueError: what was passed, what is required, what to write instead.
         IndexError: an out-of-range class index, where finding it needs no device synchronisation.
-        RuntimeError: in backward, where donated logits are needed again; second derivatives of a sharded vocabulary.
+        RuntimeError: at the call, for donated logits under a tracer or torch.func; in backward, where they are needed
+            again; second derivatives of a sharded vocabulary.
 
     A DTensor in any sharding gives a DTensor: rows sharded as those of input, or a replicated scalar.
 
