@@ -111,6 +111,12 @@ def special_rows(rank, size):
             g = torch.tensor([1.0, 0.0, 0.0, 1.0, 2.0, 0.5])
             (right,), (got,) = torch.autograd.grad(expected, leaf, g), torch.autograd.grad(loss, part, g)
             close(got, own(right, rank, size), rtol=1e-4, atol=1e-6)
+    confident = torch.full((1, V), 900.0)
+    confident[0, 5] = 915.0
+    label = torch.tensor([5])
+    expected = cross_entropy(confident, label)
+    # lse alone, near 915, would round this loss away.
+    close(cross_entropy(own(confident, rank, size), label, process_group=group), expected, rtol=0.0, atol=1e-6)
     all_ignored = torch.full((N,), -100)
     assert cross_entropy(own(logits, rank, size), all_ignored, process_group=group).isnan()
     assert cross_entropy(own(logits, rank, size), all_ignored, process_group=group, denominator=3.0) == 0

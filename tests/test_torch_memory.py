@@ -159,6 +159,8 @@ def test_logits_that_somebody_needs_are_not_donated():
             cross_entropy(logits, labels[: len(logits)], donate_logits=True)
     with pytest.raises(ValueError, match="whose rows share memory"):
         cross_entropy((leaf[:1] * 1).expand(4, -1), labels, donate_logits=True)
+    with pytest.raises(ValueError, match="whose rows share memory"):
+        cross_entropy((leaf.flatten() * 1).unfold(0, 5, 2)[:4], labels, donate_logits=True)
     with pytest.raises(RuntimeError, match=r"under torch.compile, torch.func.*write donate_logits=False"):
         torch.func.grad(lambda x: cross_entropy(x * 1, labels, donate_logits=True))(leaf.detach())
 

@@ -170,16 +170,20 @@ def _merge(gathered: Tensor, inputs: Inputs, spec: RowSpec, shards: Shards, with
     loss, lse, s = vectors[0], vectors[1], vectors[2]
     weighted = inputs.weight is not None and not inputs.target.is_floating_point()
     ignored = is_ignored(inputs, spec.options)
-    whole = lse.logsumexp(0)
+    target_sum = s.sum(0)
+    top = lse.amax(0)
+    base = torch.where(top == -torch.inf, 0.0, top)
+    log_d = (lse - base).exp().sum(0).log()
+    whole = base + log_d
     # A slice of only −inf has an infinite loss where it holds mass (NaN by itself), and none where it does not.
-    masked = torch.where(whole == -torch.inf, torch.nan, s * torch.inf)
-    own = torch.where(lse == -torch.inf, masked, loss + s * (whole - lse))
-    row_loss = torch.where(s == 0, 0.0, own).sum(0)
+    masked = torch.where(top == -torch.inf, torch.nan, s * torch.inf)
+    # Against the largest lse_j, so that a confident row keeps its small loss.
+    own = torch.where(lse == -torch.inf, masked, loss + s * (base - lse))
+    row_loss = torch.where(s == 0, 0.0, own).sum(0) + torch.where(target_sum == 0, 0.0, target_sum * log_d)
     if spec.options.z_loss:
         row_loss = row_loss + spec.options.z_loss * whole * whole
     if not shards.sizes_are_known:
         row_loss = _checked_sizes(row_loss, vectors[-1], inputs)
-    target_sum = s.sum(0)
     row_loss = torch.where(ignored, 0.0, torch.where(target_sum.isnan(), torch.nan, row_loss))
     label_weight = torch.ones_like(row_loss)
     if weighted:

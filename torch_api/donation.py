@@ -27,7 +27,7 @@ def check(logits: Tensor) -> None:
     if layout.overlaps(logits):
         fail(
             ValueError,
-            "donate_logits=True for expanded logits, whose rows share memory",
+            "donate_logits=True for expanded or overlapping logits, whose rows share memory",
             "a place for every gradient",
             keep,
         )

@@ -84,8 +84,14 @@ def is_dense(array: Tensor) -> bool:
 
 
 def overlaps(array: Tensor) -> bool:
-    """Whether elements share memory, as those of an expanded array do."""
-    return any(stride == 0 and size > 1 for size, stride in zip(array.shape, array.stride(), strict=True))
+    """Whether elements may share memory, as those of an expanded array and the windows of `unfold` do."""
+    extent = 1
+    for stride, size in sorted(zip(array.stride(), array.shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                return True
+            extent += (size - 1) * stride
+    return False
 
 
 def as_vector(rows: Tensor | None) -> Tensor | None:
