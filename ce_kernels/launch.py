@@ -8,7 +8,6 @@ the one that `ce_kernels.tuning` would choose.
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import version
 
 from ce_kernels import tuning
 from ce_kernels.tuning import Config
@@ -95,7 +94,10 @@ def has_clusters(capability: int) -> bool:
 
 @lru_cache
 def _triton_version() -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version("triton"))[:2])
+    # Not the distribution's: nightly builds of PyTorch bring a Triton under another name.
+    import triton
+
+    return tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2])
 
 
 @dataclass(frozen=True)

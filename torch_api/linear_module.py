@@ -8,6 +8,7 @@ from ce_kernels import Options
 from ce_kernels.linear import MAX_LOGITS_BYTES, Accumulation, check_chunking
 from ce_kernels.spec import Implementation, Reduction, check_implementation, check_reduction
 from torch_api.linear import linear_cross_entropy
+from torch_api.module import changed_options
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -108,6 +109,4 @@ class LinearCrossEntropyLoss(nn.Module):
             "accumulation": "float32",
             "implementation": None,
         }
-        return ", ".join(
-            f"{name}={getattr(self, name)!r}" for name, default in defaults.items() if getattr(self, name) != default
-        )
+        return changed_options(self, defaults)

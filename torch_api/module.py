@@ -100,6 +100,11 @@ class CrossEntropyLoss(nn.Module):
             "implementation": None,
             "donate_logits": False,
         }
-        return ", ".join(
-            f"{name}={getattr(self, name)!r}" for name, default in defaults.items() if getattr(self, name) != default
-        )
+        return changed_options(self, defaults)
+
+
+def changed_options(module: nn.Module, defaults: dict[str, object]) -> str:
+    """The attributes of a module that differ from their defaults, as its repr shows them."""
+    return ", ".join(
+        f"{name}={getattr(module, name)!r}" for name, default in defaults.items() if getattr(module, name) != default
+    )
