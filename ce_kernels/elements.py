@@ -146,25 +146,35 @@ def uniform_mass(label_smoothing, weight_ptr, TOTAL_CLASSES: tl.constexpr, SOFT_
 
 
 @triton.jit
+def load_columns(ptr, cols, inside, EVICTION: tl.constexpr):
+    """Entries of a row of targets or class weights; 0 where not inside. None: all are, and no mask slows the load."""
+    if inside is None:
+        return tl.load(ptr + cols, eviction_policy=EVICTION)
+    else:
+        return tl.load(ptr + cols, mask=inside, other=0.0, eviction_policy=EVICTION)
+
+
+@triton.jit
 def spread_mass(
     cols,
-    mask,
+    inside,
     target_row_ptr,
     weight_ptr,
     label_smoothing,
+    EVICTION: tl.constexpr,
     TOTAL_CLASSES: tl.constexpr,
     SOFT_TARGETS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """q without a hard label's own mass: w·((1−α)·t + α/V), where t = 0 for hard labels."""
+    """q without a hard label's own mass: w·((1−α)·t + α/V), where t = 0 for hard labels; 0 where not inside."""
     q = tl.zeros(cols.shape, DTYPE)
     if SOFT_TARGETS:
-        q += tl.load(target_row_ptr + cols, mask=mask, other=0.0).to(DTYPE)
+        q += load_columns(target_row_ptr, cols, inside, EVICTION).to(DTYPE)
     if label_smoothing is not None:
         q = (1.0 - label_smoothing) * q + label_smoothing / TOTAL_CLASSES
     if weight_ptr is not None:
-        q = q * tl.load(weight_ptr + cols, mask=mask, other=0.0).to(DTYPE)
-    return tl.where(mask, q, 0.0)
+        q = q * load_columns(weight_ptr, cols, inside, "").to(DTYPE)
+    return q if inside is None else tl.where(inside, q, 0.0)
 
 
 @triton.jit

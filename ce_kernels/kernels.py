@@ -202,6 +202,8 @@ def cross_entropy_fused_kernel(
     Algorithm: the two phases above in one launch. With dlogits_ptr None the gradient overwrites the logits.
     """
     DTYPE: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
+    # Lines kept in L2 by force would stay there when the gradient has overwritten them.
+    EVICTION: tl.constexpr = "" if dlogits_ptr is None else "evict_last"
     FIRST: tl.constexpr = BLOCK if SHIFTED else 0
     FULL: tl.constexpr = N_CLASSES // BLOCK * BLOCK
     END: tl.constexpr = N_CLASSES + (GROUP - 1 if SHIFTED else 0)
@@ -220,7 +222,7 @@ def cross_entropy_fused_kernel(
         cap, 0, N_CLASSES, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, DTYPE,
     )  # fmt: skip
     m, d, qx, q_sum, best, best_col = row_statistics(
-        logits_row_ptr, target_row_ptr, weight_ptr, shift, mask_of(~ignored), alpha, scale, cap, False, "evict_last",
+        logits_row_ptr, target_row_ptr, weight_ptr, shift, mask_of(~ignored), alpha, scale, cap, False, EVICTION,
         N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, BLOCK, GROUP, SHIFTED, UNROLL, EAGER, DTYPE,
     )  # fmt: skip
     lse, s = store_statistics(
@@ -229,7 +231,8 @@ def cross_entropy_fused_kernel(
         SOFT_TARGETS or label_smoothing is not None, N_CLASSES, DTYPE,
     )  # fmt: skip
 
-    dloss = tl.where(ignored, 0.0, 1.0 / denominator)
+    # Rounded as the frameworks' division, so that a second backward finds the same bits.
+    dloss = tl.where(ignored, 0.0, tl.div_rn(1.0, denominator) if tl.float32 == DTYPE else 1.0 / denominator)
     a, active = upstream(lse, s, dloss, None, z_weight)
     lse = tl.where(active, lse, 0.0)
     mass = tl.where(active & (label_x != float("-inf")), mass, 0.0)

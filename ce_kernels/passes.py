@@ -55,8 +55,10 @@ def statistics_block(
         qx += tl.sum(tl.reshape(x, [GROUPS, GROUP]), axis=1)
     elif SOFT_TARGETS or label_smoothing is not None:
         cols = start + tl.arange(0, BLOCK) - shift
-        inside = active & (cols >= 0) & (cols < N_CLASSES)
-        q = spread_mass(cols, inside, target_row_ptr, weight_ptr, label_smoothing, TOTAL_CLASSES, SOFT_TARGETS, DTYPE)
+        inside = active & (cols >= 0) & (cols < N_CLASSES) if EDGE else None
+        q = spread_mass(
+            cols, inside, target_row_ptr, weight_ptr, label_smoothing, EVICTION, TOTAL_CLASSES, SOFT_TARGETS, DTYPE
+        )
         qx += tl.sum(tl.reshape(tl.where(q != 0, q * x, 0.0), [GROUPS, GROUP]), axis=1)
         q_sum += tl.sum(tl.reshape(q, [GROUPS, GROUP]), axis=1)
     if WITH_ARGMAX:
@@ -271,8 +273,9 @@ def store_gradient_block(
     if uniform is not None:
         dx = tl.where(x == float("-inf"), dx, dx - dloss * uniform)
     elif SOFT_TARGETS or label_smoothing is not None:
+        read = inside & active if EDGE else None
         q = spread_mass(
-            cols, inside & active, target_row_ptr, weight_ptr, label_smoothing, TOTAL_CLASSES, SOFT_TARGETS, DTYPE
+            cols, read, target_row_ptr, weight_ptr, label_smoothing, "evict_first", TOTAL_CLASSES, SOFT_TARGETS, DTYPE
         )
         dx -= tl.where(x == float("-inf"), 0.0, dloss * q)
     if logit_scale is not None or softcap is not None:

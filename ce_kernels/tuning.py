@@ -26,39 +26,36 @@ class Config:
     max_registers: int | None = None
 
 
-# (longest row in bytes, configuration); behind each row the time of a whole training step (FUSED), forward (STATS) or
-# `none` step (GRAD, with STATS) as a multiple of copying the logits once. NVIDIA H200, bf16, Triton 3.9, torch 2.11,
-# 2026-11-24; `python -m benchmarks tune` measures the kernels alone, on any GPU.
+# (longest row in bytes, configuration); behind each row the kernel's time as a multiple of copying the logits once, for
+# FUSED also with the gradient over the logits. NVIDIA H200, bf16, Triton 3.9, torch 2.11, 2026-11-24: the best that
+# held in two sweeps of up to 100 configurations a shape, such as `python -m benchmarks tune` makes.
 FUSED = (
-    (2 * 1024, Config(1024, 1)),  # 65536×1000: 1.42
-    (2 * 16384, Config(2048, 8)),  # 16384×8192: 1.15
-    (2 * 40000, Config(8192, 16)),  # 8192×32000: 1.21
-    (2 * 65536, Config(8192, 16, unroll=2)),  # 8192×50304: 1.19
-    # Without clusters; the kernel alone 4096×128256: 1.28, 4096×151936: 1.31, before exponents were taken from x − lse.
+    (2 * 1024, Config(1024, 1)),  # 65536×1000: 1.07, 1.09
+    (2 * 4096, Config(1024, 2, unroll=2)),  # 65536×2048: 1.05, 1.07; 32768×4096: 1.05, 1.10
+    (2 * 16384, Config(2048, 4, unroll=2)),  # 16384×8192: 1.04, 1.07
+    (2 * 40000, Config(8192, 16, unroll=2, backwards=True)),  # 8192×32000: 1.09, 1.08
+    (2 * 65536, Config(8192, 32, unroll=4, max_registers=32)),  # 8192×50304: 1.14, 1.13
+    # Without clusters; 4096×128256: 1.30, 1.27; 4096×151936: 1.39, 1.41.
     (None, Config(16384, 32, backwards=True, max_registers=32)),
 )
-# Rows that start between 16-byte boundaries.
-FUSED_SHIFTED = (
-    *FUSED[:2],
-    (2 * 65536, Config(4096, 16, unroll=2)),  # 8192×50257: 1.40
-    FUSED[-1],
-)
+# Rows that start between 16-byte boundaries take registers of their own. 8192×50257: 1.31, 1.38.
+FUSED_SHIFTED = (*FUSED[:3], *FUSED[4:])
 # A row spread over neighbouring multiprocessors: fewer rows in flight, so that the second read finds them in L2.
 FUSED_CLUSTERS = (
-    (2 * 200000, Config(32768, 8, 8, max_registers=40)),  # 4096×128256: 1.28; 4096×151936: 1.32; 32×128256: 2.58
-    (None, Config(65536, 16, 8, backwards=True, max_registers=32)),  # 2048×262144: 1.42
+    (2 * 140000, Config(32768, 8, 8, max_registers=40)),  # 4096×128256: 1.26, 1.25
+    (2 * 200000, Config(32768, 8, 8, unroll=2, backwards=True, max_registers=40)),  # 4096×151936: 1.27, 1.24
+    (2 * 400000, Config(65536, 8, 8, unroll=3, backwards=True, max_registers=64)),  # 2048×262144: 1.31, 1.29
+    (None, Config(65536, 16, 8, unroll=3, backwards=True, max_registers=64)),  # 1024×524288: 1.43; 512×1048576: 1.48
 )
 STATS = (
-    (2 * 1024, Config(1024, 1)),  # 65536×1000: 0.92
-    (2 * 16384, Config(1024, 4)),  # 16384×8192: 0.59
-    (2 * 40000, Config(8192, 16)),  # 8192×32000: 0.55
-    (2 * 65536, Config(2048, 8)),  # 8192×50304: 0.53; 8192×50257: 0.53
-    (None, Config(4096, 16)),  # 4096×128256: 0.52; 4096×151936: 0.52; 2048×262144: 0.51
+    (2 * 1024, Config(1024, 1)),  # 65536×1000: 0.92 of a training step's copy
+    (2 * 16384, Config(1024, 4)),  # 16384×8192: 0.50
+    (None, Config(4096, 8, unroll=2)),  # 8192×32000: 0.50; 8192×50257: 0.50; 8192×50304: 0.49; 4096×128256: 0.49
 )
-STATS_FEW_ROWS = ((None, Config(16384, 8, 8)),)  # 32×128256: 1.45
+STATS_FEW_ROWS = ((None, Config(16384, 8, 8)),)  # 32×128256
 GRAD = (
-    (2 * 1024, Config(1024, 1)),  # 65536×1000: 1.72
-    (None, Config(2048, 4)),  # 16384×8192: 1.59; 8192×50257: 1.73; 4096×128256: 1.56; 2048×262144: 1.54
+    (2 * 1024, Config(1024, 1)),
+    (None, Config(2048, 4)),  # 16384×8192: 1.01; 8192×32000: 1.05; 8192×50257: 1.17; 4096×128256: 1.05
 )
 # Rows from which clusters are worth their barriers, in bytes; fewer rows than this leave multiprocessors idle.
 LONG_ROW, FEW_ROWS = 2 * 65536, 132

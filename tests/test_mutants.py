@@ -55,7 +55,7 @@ KERNEL_MUTANTS = {
     "ends_of_rows_not_stored": ("mask=inside & ~whole)", "mask=whole)"),
     "class_weight_ignored_for_label": ("mass = mass * tl.load(weight_ptr + safe).to(DTYPE)", "mass = mass * 1.0"),
     "class_weight_ignored_for_spread": (
-        "q = q * tl.load(weight_ptr + cols, mask=mask, other=0.0).to(DTYPE)",
+        'q = q * load_columns(weight_ptr, cols, inside, "").to(DTYPE)',
         "q = q * 1.0",
     ),
     "first_row_scales_every_row": ("dloss_ptr + row * DLOSS_STRIDE", "dloss_ptr + 0 * row"),
