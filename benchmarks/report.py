@@ -70,12 +70,13 @@ def memory_table(results: dict) -> list[str]:
     """Peak memory of a training step beyond the logits, in multiples of the logits."""
     shape = next(shape for shape in results["shapes"] if shape["name"] == "Llama 3")
     size = 2 * shape["n_rows"] * shape["n_classes"]
-    found = [
-        (name, shape[name].get("peak_bytes", shape[name].get("temporary_bytes")))
+    found = {
+        name + suffix: shape[name][kind]
         for name in ORDER
-        if name in shape and ("peak_bytes" in shape[name] or "temporary_bytes" in shape[name])
-    ]
-    return rows([name for name, _ in found], [[f"{held / size:.2f}" for _, held in found]])
+        for kind, suffix in (("peak_bytes", ""), ("donated_peak_bytes", ", donated"), ("temporary_bytes", ""))
+        if kind in shape.get(name, {})
+    }
+    return rows(list(found), [[f"{held / size:.2f}" for held in found.values()]])
 
 
 def flax_table(results: dict) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import plots, report, tune
+from benchmarks.names import OURS_TORCH
 from benchmarks.timing import mistake
 from ce_kernels import Problem
 
@@ -37,6 +38,16 @@ def test_other_results_give_another_table_and_another_plot():
     other["shapes"][0]["ce-kernels torch"]["train"]["ms"] *= 2
     assert report.section(other) != report.section(results)
     assert plots.digest(other) != plots.digest(results)
+
+
+def test_memory_with_donation_is_a_column_of_its_own():
+    results = report.read()
+    shape = next(shape for shape in results["shapes"] if shape["name"] == "Llama 3")
+    shape[OURS_TORCH]["donated_peak_bytes"] = shape["n_rows"] * shape["n_classes"]
+    header, _, cells = report.memory_table(results)
+    names, cells = header.split(" | "), cells.split(" | ")
+    assert cells[names.index(f"{OURS_TORCH}, donated")] == "0.50"
+    assert len(cells) == len(names)
 
 
 def test_readme_claims_no_figure_without_a_result():
