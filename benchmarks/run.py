@@ -1,13 +1,8 @@
 """Times every contender at every shape, our options at one, and how our cost grows; writes one JSON file."""
 
-import datetime
-import importlib.metadata
 import json
-import platform
-import subprocess
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -15,6 +10,7 @@ import torch.nn.functional as F
 
 import torch_api
 from benchmarks.contenders import jax_contenders, torch_contenders
+from benchmarks.environment import environment
 from benchmarks.growth import growth
 from benchmarks.host import measure
 from benchmarks.memory_jax import temporary_bytes
@@ -214,33 +210,6 @@ def options() -> dict:
     }
     times = interleaved(functions)
     return {"shape": shape._asdict(), "times": times}
-
-
-def environment() -> dict:
-    """What the figures were measured on."""
-    packages = ("torch", "triton", "jax", "jax-triton", "optax", "liger-kernel", "quack-kernels", "flash-attn")
-    found = {}
-    for name in packages:
-        try:
-            found[name] = version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[0],
-        "python": platform.python_version(),
-        "versions": found,
-        "date": datetime.date.today().isoformat(),
-        "commit": output("git", "rev-parse", "--short", "HEAD"),
-    }
-
-
-def output(*command: str) -> str:
-    """What a command prints, or "unknown" where it fails."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or "unknown"
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def run(out: Path | None) -> Path:

@@ -1,6 +1,7 @@
-"""The benchmarks refuse wrong results, and the README claims no figure that the committed results do not hold."""
+"""The benchmarks refuse wrong results, and pages claim no figure that the committed results do not hold."""
 
 import copy
+import json
 import re
 from pathlib import Path
 
@@ -14,18 +15,63 @@ from benchmarks.timing import mistake
 from ce_kernels import Problem
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = report.README.read_text()
+PARTS = {report.README: ["linear", "benchmarks"], report.LINEAR_PAGE: ["sparse gradient"]}
+ABOUT = {"gpu": "a GPU", "driver": "1", "date": "2026-01-01", "commit": "abc", "versions": {"torch": "2.12"}}
 FIGURE = re.compile(r"\d(\.\d+)?\s?(×|%|ms\b|µs|us\b|GB|GiB|TB|times faster|x faster)")
 
 
 def outside_of_results(text: str) -> str:
-    """The prose: without the generated section and without code."""
-    before, rest = text.split(report.BEGIN)
-    return re.sub(r"```.*?```|`[^`]*`", "", before + rest.split(report.END)[1], flags=re.DOTALL)
+    """The prose: without the generated parts and without code."""
+    return re.sub(r"```.*?```|`[^`]*`", "", report.PART.sub("", text), flags=re.DOTALL)
 
 
-def test_readme_tables_are_those_of_the_results():
-    assert report.updated_readme() == README, "run: python -m benchmarks report"
+@pytest.mark.parametrize("page", PARTS, ids=lambda page: page.name)
+def test_generated_parts_are_those_of_the_results(page):
+    assert [found["name"] for found in report.PART.finditer(page.read_text())] == PARTS[page]
+    assert report.updated(page) == page.read_text(), "run: python -m benchmarks report"
+
+
+def linear_results() -> dict:
+    head = {"name": "Llama 3 8B", "n_rows": 8192, "width": 4096, "n_classes": 128256}
+    found = {"ms": 2.1, "floor_ms": 2.0, "ratio": 1.05, "memory_gib": 0.312}
+    return {
+        "environment": ABOUT,
+        "heads": [
+            head | {"contenders": {OURS_TORCH: found, "torch": found | {"ratio": 2.0}}},
+            head | {"contenders": {OURS_TORCH: found}},
+        ],
+    }
+
+
+def sparse_gradient_results() -> dict:
+    row = {"kept": 1.0, "blocks_ms": 0.0, "dhidden_ms": 1.0, "dweight_ms": 3.0}
+    row |= {"dhidden_error": 2e-3, "dweight_error": 1e-3}
+    less = row | {"threshold": 2.0**-9, "kept": 0.25, "blocks_ms": 1.0, "dweight_ms": 1.0, "dweight_error": 0.1}
+    rows = [row | {"threshold": "cuBLAS"}, less]
+    orders = ("vocabulary", "mean probability")
+    found = [row | {"order": order} for order in orders for row in rows]
+    return {"environment": ABOUT, "shape": (2048, 4096, 128256), "entropy": 2.0, "rows": found}
+
+
+@pytest.mark.parametrize(
+    ("page", "path", "results", "cells"),
+    [
+        (report.README, "LINEAR", linear_results(), "8192 · 4096 · 128256 | 1.05, 0.31 GiB | – |"),
+        (report.LINEAR_PAGE, "SPARSE_GRADIENT", sparse_gradient_results(), "| 100%, 1.00, 2e-03 | 25%, 0.75, 1e-01 |"),
+    ],
+    ids=["linear", "sparse gradient"],
+)
+def test_a_page_without_its_newest_results_is_found(page, path, results, cells, tmp_path, monkeypatch):
+    file = tmp_path / "results.json"
+    monkeypatch.setattr(report, path, file)
+    empty = report.updated(page)
+    assert cells not in empty
+    file.write_text(json.dumps(results))
+    assert cells in report.updated(page)
+    assert outside_of_results(report.updated(page)) == outside_of_results(empty)
+    file.write_text(json.dumps(results | {"environment": ABOUT | {"commit": "def"}}))
+    assert "commit def" in report.updated(page)
 
 
 def test_plots_are_those_of_the_results():
@@ -50,8 +96,9 @@ def test_memory_with_donation_is_a_column_of_its_own():
     assert len(cells) == len(names)
 
 
-def test_readme_claims_no_figure_without_a_result():
-    found = FIGURE.search(outside_of_results(README))
+@pytest.mark.parametrize("page", [report.README, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)
+def test_pages_claim_no_figure_without_a_result(page):
+    found = FIGURE.search(outside_of_results(page.read_text()))
     assert found is None, f"measured figures belong between the markers: {found and found[0]!r}"
 
 
