@@ -8,7 +8,8 @@ from importlib.metadata import version
 
 import torch
 
-PACKAGES = ("torch", "triton", "jax", "jax-triton", "optax", "liger-kernel", "quack-kernels", "flash-attn")
+PACKAGES = ("torch", "triton", "jax", "jax-triton", "optax")
+PACKAGES += ("liger-kernel", "quack-kernels", "flash-attn", "cut-cross-entropy", "tokamax")
 
 
 def environment() -> dict:

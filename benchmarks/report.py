@@ -99,8 +99,50 @@ def host_table(results: dict) -> list[str]:
     return rows(names, [cells])
 
 
+def compiling_table(results: dict) -> list[str]:
+    """How many graphs and kernels a training step compiles, by what is new in it."""
+    found = results["compiling"]
+    eager, compiled = found["eager"], found["torch.compile"]
+
+    def line(title: str, way: dict, count: Callable[[dict], int]) -> list[str]:
+        others = sum(count(step) for step in way["batch_sizes"].values())
+        options = (count(step) for step in way["options"].values())
+        return [title, *(str(n) for n in (count(way["first_call"]), others, *options))]
+
+    return rows(
+        ["compiled", f"{found['first_rows']} rows", f"then {', '.join(eager['batch_sizes'])} rows", *eager["options"]],
+        [
+            line("kernels, eager", eager, lambda step: len(step["kernels"])),
+            line("graphs, `torch.compile`", compiled, lambda step: step["graphs"]),
+            line("kernels, `torch.compile`", compiled, lambda step: len(step["kernels"])),
+        ],
+    )
+
+
+def first_calls(results: dict) -> str:
+    """Seconds of first calls, compilation included."""
+    found, shapes = results["compiling"], results["shapes"]
+    eager, compiled = (found[way]["first_call"]["seconds"] for way in ("eager", "torch.compile"))
+    in_torch, in_jax = (max(shape[name]["first_call_s"] for shape in shapes) for name in (OURS_TORCH, OURS_JAX))
+    return (
+        f"Seconds of its first call with empty caches: {eager:.1f}, under `torch.compile` {compiled:.1f}; the longest "
+        f"at any shape above: {in_torch:.1f} in PyTorch, {in_jax:.1f} in JAX."
+    )
+
+
 def section(results: dict) -> str:
     """All that stands between the markers."""
+    compiling = []
+    if "compiling" in results:
+        compiling = [
+            f"What a PyTorch training step of {results['compiling']['n_classes']} classes compiles at first, at other",
+            "batch sizes, and at another value of an option (`fullgraph=True`):",
+            "",
+            *compiling_table(results),
+            "",
+            first_calls(results),
+            "",
+        ]
     lines = [
         *training_table(results),
         "",
@@ -117,6 +159,7 @@ def section(results: dict) -> str:
         "",
         *flax_table(results),
         "",
+        *compiling,
         "Host time of an eager PyTorch call in microseconds (of it, the bare launches):",
         "",
         *host_table(results),
@@ -170,7 +213,7 @@ def sparse_gradient_section(results: dict) -> str:
         "cuBLAS' over all blocks; and the larger relative error of the two gradients, by order of classes and",
         "threshold:",
         "",
-        *rows(["classes by", *(one if isinstance(one, str) else f"{one:.1e}" for one in thresholds)], lines),
+        *rows(["classes by", *(one if isinstance(one, str) else f"{one:.1g}" for one in thresholds)], lines),
         "",
         measured_on(results),
     ])  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import torch_api
+from benchmarks.compiling import cold_caches, compiled, compiling
 from benchmarks.contenders import jax_contenders, torch_contenders
 from benchmarks.environment import environment
 from benchmarks.growth import growth
@@ -16,7 +17,7 @@ from benchmarks.host import measure
 from benchmarks.memory_jax import temporary_bytes
 from benchmarks.names import OURS_JAX, OURS_TORCH, OVERWRITES
 from benchmarks.shapes import LLAMA3, SHAPES, Shape
-from benchmarks.timing import cuda_ms, interleaved, jax_ms, mistake, peak_bytes
+from benchmarks.timing import cuda_ms, interleaved, jax_ms, mistake, peak_bytes, train
 
 CHECKED_ROWS = 64
 ROTATED_BYTES = 2**28  # several times the L2 cache
@@ -59,12 +60,6 @@ def refused(name: str, loss: torch.Tensor, gradient: torch.Tensor, right: tuple)
     if wrong:
         print(f"{name} is wrong and not timed: {wrong}", flush=True)
     return bool(wrong)
-
-
-def train(loss, logits, labels, **options):
-    """Loss and gradient with respect to the logits, which are no leaf."""
-    value = loss(logits, labels, **options)
-    return value, torch.autograd.grad(value, logits)[0]
 
 
 def forward(loss, logits, labels, **options):
@@ -187,9 +182,9 @@ def options() -> dict:
     soft = torch.softmax(torch.randn(len(labels), shape.n_classes, device="cuda"), -1).to(logits.dtype)
     into, other = torch.empty_like(logits), torch.empty_like(logits)
     scalar = torch.tensor(3.0, device="cuda")
-    loss = torch_api.cross_entropy
+    in_graph = compiled()
 
-    def step(targets=labels, upstream=None, **chosen):
+    def step(targets=labels, upstream=None, loss=torch_api.cross_entropy, **chosen):
         value = loss(logits, targets, **chosen)
         return torch.autograd.grad(value, logits, upstream)
 
@@ -204,6 +199,7 @@ def options() -> dict:
         "soft cap": lambda _: step(softcap=30.0),
         "half the rows ignored": lambda _: step(half),
         "upstream gradient of 3": lambda _: step(upstream=scalar),
+        "`torch.compile`": lambda _: step(loss=in_graph),
         "soft targets": lambda _: step(soft),
         "copy": lambda _: into.copy_(logits.detach()),
         "read two, write one": read_two_write_one,
@@ -212,6 +208,7 @@ def options() -> dict:
     return {"shape": shape._asdict(), "times": times}
 
 
+@cold_caches()
 def run(out: Path | None) -> Path:
     """Runs everything and writes the results as JSON; the file's name tells GPU and date unless one is given."""
     about = environment()
@@ -219,7 +216,7 @@ def run(out: Path | None) -> Path:
         gpu = about["gpu"].removeprefix("NVIDIA ").replace(" ", "-").lower()
         out = Path(__file__).parent / "results" / f"{gpu}-{about['date']}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    results: dict = {"environment": about, "host": measure(64, 1024), "shapes": []}
+    results: dict = {"environment": about, "compiling": compiling(), "host": measure(64, 1024), "shapes": []}
     for shape in SHAPES:
         results["shapes"].append(run_shape(shape))
         out.write_text(json.dumps(results, indent=1) + "\n")

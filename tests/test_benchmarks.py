@@ -2,14 +2,18 @@
 
 import copy
 import json
+import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
 
-from benchmarks import plots, report, tune
+import torch_api
+from benchmarks import compiling, plots, report, tune
 from benchmarks.names import OURS_TORCH
 from benchmarks.timing import mistake
 from ce_kernels import Problem
@@ -94,6 +98,57 @@ def test_memory_with_donation_is_a_column_of_its_own():
     names, cells = header.split(" | "), cells.split(" | ")
     assert cells[names.index(f"{OURS_TORCH}, donated")] == "0.50"
     assert len(cells) == len(names)
+
+
+# Of what torch.compile imports.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_what_compiles_when():
+    torch._dynamo.reset()
+    eager, compiled = (
+        compiling.follow(loss, "cpu", (4, 6, 8, 10), 16)
+        for loss in (torch_api.cross_entropy, compiling.compiled("aot_eager"))
+    )
+    torch._dynamo.reset()
+    assert eager["first_call"]["graphs"] == 0
+    assert [step["graphs"] for step in (compiled["first_call"], *compiled["batch_sizes"].values())] == [1, 1, 0, 0]
+    # The README's limit: a new value of an option compiles anew.
+    assert {option: step["graphs"] for option, step in compiled["options"].items()} == dict.fromkeys(
+        compiling.OPTIONS, 1
+    )
+
+    eager["first_call"] |= {"seconds": 1.5, "kernels": ["fused", "count", "mean"]}
+    eager["options"]["softcap"]["kernels"] = ["fused"]
+    compiled["first_call"]["seconds"] = 9.3
+    results = report.read()
+    found = {"n_classes": 16, "first_rows": 4, "eager": eager, "torch.compile": compiled}
+    section = report.section(results | {"compiling": found})
+    assert "| compiled | 4 rows | then 6, 8, 10 rows | label_smoothing | z_loss | softcap |" in section
+    assert "| kernels, eager | 3 | 0 | 0 | 0 | 1 | 0 | 0 |" in section
+    assert "| graphs, `torch.compile` | 1 | 1 | 1 | 1 | 1 | 1 | 1 |" in section
+    assert "empty caches: 1.5, under `torch.compile` 9.3;" in section
+
+
+def test_kernels_that_compile_are_counted(monkeypatch):
+    def loss(logits, labels):
+        triton.knobs.runtime.jit_post_compile_hook(key="", fn=SimpleNamespace(name="fused"), compile={})
+        return torch_api.cross_entropy(logits, labels)
+
+    monkeypatch.setattr(compiling, "OPTIONS", {})
+    found = compiling.follow(loss, "cpu", (4, 6), 16)
+    assert found["first_call"]["kernels"] == found["batch_sizes"]["6"]["kernels"] == ["fused"]
+    assert triton.knobs.runtime.jit_post_compile_hook is None
+
+
+def test_caches_are_cold(monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "mine")
+    with compiling.cold_caches():
+        folder = Path(triton.knobs.cache.dir)
+        folder.mkdir()
+        assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).parent == folder.parent
+    assert not folder.exists()
+    assert triton.knobs.cache.dir == "mine"
 
 
 @pytest.mark.parametrize("page", [report.README, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)
