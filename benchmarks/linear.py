@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import torch_api
-from benchmarks.run import environment
+from benchmarks.environment import environment
+from benchmarks.report import LINEAR, linear_section
 from benchmarks.shapes import GEMMA, LLAMA3, QWEN
 
-RESULTS = Path(__file__).parent / "results" / "linear" / "h200.json"
 GIB = 2**30
 CHECKED = 64
 REPEATS = 7
@@ -278,24 +278,9 @@ def run_head(head: Head, only: str) -> dict:
     return result
 
 
-def table(results: dict) -> str:
-    """Markdown: time as a multiple of the three matmuls, memory beyond inputs and gradients."""
-    names = list(dict.fromkeys(name for head in results["heads"] for name in head["contenders"]))
-    lines = ["| N · D · V | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for head in results["heads"]:
-        cells = [f"{head['name']} {head['n_rows']} · {head['width']} · {head['n_classes']}"]
-        for name in names:
-            found = head["contenders"].get(name)
-            cells.append("–" if found is None else f"{found['ratio']:.2f}, {found['memory_gib']:.2f} GiB")
-        lines.append("| " + " | ".join(cells) + " |")
-    about = results["environment"]
-    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-    return "\n".join([*lines, "", f"{about['gpu']}, {about['date']}, commit {about['commit']}; {versions}."])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.linear", description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=LINEAR)
     parser.add_argument("--heads", type=int, nargs="*", default=range(len(HEADS)), help="indices of the heads to run")
     parser.add_argument("--only", default="", help="contenders whose name holds this")
     arguments = parser.parse_args()
@@ -303,7 +288,7 @@ def main() -> None:
     results = {"environment": environment(), "heads": heads}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(results, indent=1) + "\n")
-    print(table(results))
+    print(linear_section(results))
 
 
 if __name__ == "__main__":

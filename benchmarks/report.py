@@ -1,13 +1,19 @@
-"""Writes the newest committed results into the README, between its markers, and into its plots."""
+"""Writes committed results into the README and docs/linear.md, between their markers, and the newest into plots."""
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.names import ORDER, OURS_JAX, OURS_TORCH
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+LINEAR = RESULTS / "linear" / "h200.json"
+SPARSE_GRADIENT = RESULTS / "sparse_gradient.json"
+README, LINEAR_PAGE = ROOT / "README.md", ROOT / "docs" / "linear.md"
+# A generated part of a page: its marker's name and its text.
+PART = re.compile(r"<!-- (?P<name>.*): begin -->\n(?P<text>.*?)<!-- (?P=name): end -->\n", re.DOTALL)
 
 
 def newest() -> Path:
@@ -70,12 +76,13 @@ def memory_table(results: dict) -> list[str]:
     """Peak memory of a training step beyond the logits, in multiples of the logits."""
     shape = next(shape for shape in results["shapes"] if shape["name"] == "Llama 3")
     size = 2 * shape["n_rows"] * shape["n_classes"]
-    found = [
-        (name, shape[name].get("peak_bytes", shape[name].get("temporary_bytes")))
+    found = {
+        name + suffix: shape[name][kind]
         for name in ORDER
-        if name in shape and ("peak_bytes" in shape[name] or "temporary_bytes" in shape[name])
-    ]
-    return rows([name for name, _ in found], [[f"{held / size:.2f}" for _, held in found]])
+        for kind, suffix in (("peak_bytes", ""), ("donated_peak_bytes", ", donated"), ("temporary_bytes", ""))
+        if kind in shape.get(name, {})
+    }
+    return rows(list(found), [[f"{held / size:.2f}" for held in found.values()]])
 
 
 def flax_table(results: dict) -> list[str]:
@@ -92,10 +99,50 @@ def host_table(results: dict) -> list[str]:
     return rows(names, [cells])
 
 
+def compiling_table(results: dict) -> list[str]:
+    """How many graphs and kernels a training step compiles, by what is new in it."""
+    found = results["compiling"]
+    eager, compiled = found["eager"], found["torch.compile"]
+
+    def line(title: str, way: dict, count: Callable[[dict], int]) -> list[str]:
+        others = sum(count(step) for step in way["batch_sizes"].values())
+        options = (count(step) for step in way["options"].values())
+        return [title, *(str(n) for n in (count(way["first_call"]), others, *options))]
+
+    return rows(
+        ["compiled", f"{found['first_rows']} rows", f"then {', '.join(eager['batch_sizes'])} rows", *eager["options"]],
+        [
+            line("kernels, eager", eager, lambda step: len(step["kernels"])),
+            line("graphs, `torch.compile`", compiled, lambda step: step["graphs"]),
+            line("kernels, `torch.compile`", compiled, lambda step: len(step["kernels"])),
+        ],
+    )
+
+
+def first_calls(results: dict) -> str:
+    """Seconds of first calls, compilation included."""
+    found, shapes = results["compiling"], results["shapes"]
+    eager, compiled = (found[way]["first_call"]["seconds"] for way in ("eager", "torch.compile"))
+    in_torch, in_jax = (max(shape[name]["first_call_s"] for shape in shapes) for name in (OURS_TORCH, OURS_JAX))
+    return (
+        f"Seconds of its first call with empty caches: {eager:.1f}, under `torch.compile` {compiled:.1f}; the longest "
+        f"at any shape above: {in_torch:.1f} in PyTorch, {in_jax:.1f} in JAX."
+    )
+
+
 def section(results: dict) -> str:
     """All that stands between the markers."""
-    about = results["environment"]
-    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    compiling = []
+    if "compiling" in results:
+        compiling = [
+            f"What a PyTorch training step of {results['compiling']['n_classes']} classes compiles at first, at other",
+            "batch sizes, and at another value of an option (`fullgraph=True`):",
+            "",
+            *compiling_table(results),
+            "",
+            first_calls(results),
+            "",
+        ]
     lines = [
         *training_table(results),
         "",
@@ -112,28 +159,94 @@ def section(results: dict) -> str:
         "",
         *flax_table(results),
         "",
+        *compiling,
         "Host time of an eager PyTorch call in microseconds (of it, the bare launches):",
         "",
         *host_table(results),
         "",
         "![Training step against vocabulary and rows](docs/speed.svg)",
         "",
-        f"{about['gpu']}, driver {about['driver']}, {about['date']}, commit {about['commit']}; {versions}.",
+        measured_on(results),
     ]
     return "\n".join(lines)
 
 
-def updated_readme() -> str:
-    """The README with the newest results."""
-    text = (ROOT / "README.md").read_text()
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{section(read())}\n{END}{after}"
+def linear_section(results: dict) -> str:
+    """The whole head by contender."""
+    names = list(dict.fromkeys(name for head in results["heads"] for name in head["contenders"]))
+    lines = []
+    for head in results["heads"]:
+        found = [head["contenders"].get(name) for name in names]
+        cells = ["–" if one is None else f"{one['ratio']:.2f}, {one['memory_gib']:.2f} GiB" for one in found]
+        lines.append([f"{head['name']} {head['n_rows']} · {head['width']} · {head['n_classes']}", *cells])
+    return "\n".join([
+        "Loss and gradients as a multiple of the three matmuls alone, and memory beyond inputs and gradients:",
+        "",
+        *rows(["N · D · V", *names], lines),
+        "",
+        measured_on(results),
+    ])  # fmt: skip
+
+
+def sparse_gradient_section(results: dict) -> str:
+    """What skipping blocks of small gradients saves and costs, by the order of the classes and the threshold."""
+    by_order: dict[str, list[dict]] = {}
+    for row in results["rows"]:
+        by_order.setdefault(row["order"], []).append(row)
+    lines = []
+    for order, (dense, *found) in by_order.items():
+        floor = dense["dhidden_ms"] + dense["dweight_ms"]
+        cells = [
+            f"{row['kept']:.0%}, {(row['blocks_ms'] + row['dhidden_ms'] + row['dweight_ms']) / floor:.2f}, "
+            f"{max(row['dhidden_error'], row['dweight_error']):.0e}"
+            for row in (dense, *found)
+        ]
+        lines.append([order, *cells])
+    thresholds = [row["threshold"] for row in next(iter(by_order.values()))]
+    n_rows, width, n_classes = results["shape"]
+    return "\n".join([
+        "## Skipping small gradients",
+        "",
+        "Blocks of the gradient of logits whose every |p − q| is below a threshold could be left out of the two",
+        f"gradient matmuls. On a head of {n_rows} · {width} · {n_classes} as peaked as a trained one (entropy",
+        f"{results['entropy']:g} nats): blocks kept; time of finding them and of both matmuls, as a multiple of",
+        "cuBLAS' over all blocks; and the larger relative error of the two gradients, by order of classes and",
+        "threshold:",
+        "",
+        *rows(["classes by", *(one if isinstance(one, str) else f"{one:.1g}" for one in thresholds)], lines),
+        "",
+        measured_on(results),
+    ])  # fmt: skip
+
+
+def measured_on(results: dict) -> str:
+    """GPU, date, commit and versions in a sentence."""
+    about = results["environment"]
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    return f"{about['gpu']}, driver {about['driver']}, {about['date']}, commit {about['commit']}; {versions}."
+
+
+def updated(page: Path) -> str:
+    """A page with its generated parts as the results have them; empty where there are no results yet."""
+    sources: dict[str, tuple[Path, Callable[[dict], str]]] = {
+        "benchmarks": (newest(), section),
+        "linear": (LINEAR, linear_section),
+        "sparse gradient": (SPARSE_GRADIENT, sparse_gradient_section),
+    }
+
+    def part(found: re.Match) -> str:
+        name = found["name"]
+        path, write = sources[name]
+        text = write(json.loads(path.read_text())) + "\n" if path.exists() else ""
+        return f"<!-- {name}: begin -->\n{text}<!-- {name}: end -->\n"
+
+    return PART.sub(part, page.read_text())
 
 
 def report() -> None:
-    """Rewrites the README's tables and plots."""
+    """Rewrites the generated parts of the README and of docs/linear.md, and the plots."""
     from benchmarks.plots import draw
 
-    (ROOT / "README.md").write_text(updated_readme())
+    for page in (README, LINEAR_PAGE):
+        page.write_text(updated(page))
     draw(read(), ROOT / "docs" / "speed.svg")

@@ -1,26 +1,23 @@
 """Times every contender at every shape, our options at one, and how our cost grows; writes one JSON file."""
 
-import datetime
-import importlib.metadata
 import json
-import platform
-import subprocess
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import torch_api
+from benchmarks.compiling import cold_caches, compiled, compiling
 from benchmarks.contenders import jax_contenders, torch_contenders
+from benchmarks.environment import environment
 from benchmarks.growth import growth
 from benchmarks.host import measure
 from benchmarks.memory_jax import temporary_bytes
 from benchmarks.names import OURS_JAX, OURS_TORCH, OVERWRITES
 from benchmarks.shapes import LLAMA3, SHAPES, Shape
-from benchmarks.timing import cuda_ms, interleaved, jax_ms, mistake, peak_bytes
+from benchmarks.timing import cuda_ms, interleaved, jax_ms, mistake, peak_bytes, train
 
 CHECKED_ROWS = 64
 ROTATED_BYTES = 2**28  # several times the L2 cache
@@ -65,16 +62,21 @@ def refused(name: str, loss: torch.Tensor, gradient: torch.Tensor, right: tuple)
     return bool(wrong)
 
 
-def train(loss, logits, labels, **options):
-    """Loss and gradient with respect to the logits, which are no leaf."""
-    value = loss(logits, labels, **options)
-    return value, torch.autograd.grad(value, logits)[0]
-
-
 def forward(loss, logits, labels, **options):
     """The loss without a gradient."""
     with torch.no_grad():
         return loss(logits.detach(), labels, **options)
+
+
+def donated_peak_bytes(logits: torch.Tensor, labels: torch.Tensor, right: tuple) -> int:
+    """Peak memory beyond the logits of our training step whose gradient overwrites them: each call gets its own."""
+    own = [logits * 1 for _ in range(3)]
+
+    def step():
+        return train(torch_api.cross_entropy, own.pop(), labels, donate_logits=True)
+
+    refused(OURS_TORCH, *step(), right)
+    return peak_bytes(step)
 
 
 def time_torch(buffers: list[torch.Tensor], labels: torch.Tensor, right: tuple) -> dict:
@@ -98,6 +100,8 @@ def time_torch(buffers: list[torch.Tensor], labels: torch.Tensor, right: tuple) 
             continue
         del gradient
         result[name] = {"first_call_s": first_call}
+        if name == OURS_TORCH:
+            result[name]["donated_peak_bytes"] = donated_peak_bytes(buffers[0], labels, right)
         if name not in OVERWRITES:
             result[name]["peak_bytes"] = peak_bytes(lambda loss=loss: train(loss, buffers[0], labels))
             functions[name, "forward"] = lambda turn, loss=loss: forward(loss, buffers[turn % len(buffers)], labels)
@@ -178,9 +182,9 @@ def options() -> dict:
     soft = torch.softmax(torch.randn(len(labels), shape.n_classes, device="cuda"), -1).to(logits.dtype)
     into, other = torch.empty_like(logits), torch.empty_like(logits)
     scalar = torch.tensor(3.0, device="cuda")
-    loss = torch_api.cross_entropy
+    in_graph = compiled()
 
-    def step(targets=labels, upstream=None, **chosen):
+    def step(targets=labels, upstream=None, loss=torch_api.cross_entropy, **chosen):
         value = loss(logits, targets, **chosen)
         return torch.autograd.grad(value, logits, upstream)
 
@@ -195,6 +199,7 @@ def options() -> dict:
         "soft cap": lambda _: step(softcap=30.0),
         "half the rows ignored": lambda _: step(half),
         "upstream gradient of 3": lambda _: step(upstream=scalar),
+        "`torch.compile`": lambda _: step(loss=in_graph),
         "soft targets": lambda _: step(soft),
         "copy": lambda _: into.copy_(logits.detach()),
         "read two, write one": read_two_write_one,
@@ -203,33 +208,7 @@ def options() -> dict:
     return {"shape": shape._asdict(), "times": times}
 
 
-def environment() -> dict:
-    """What the figures were measured on."""
-    packages = ("torch", "triton", "jax", "jax-triton", "optax", "liger-kernel", "quack-kernels", "flash-attn")
-    found = {}
-    for name in packages:
-        try:
-            found[name] = version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[0],
-        "python": platform.python_version(),
-        "versions": found,
-        "date": datetime.date.today().isoformat(),
-        "commit": output("git", "rev-parse", "--short", "HEAD"),
-    }
-
-
-def output(*command: str) -> str:
-    """What a command prints, or "unknown" where it fails."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or "unknown"
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
+@cold_caches()
 def run(out: Path | None) -> Path:
     """Runs everything and writes the results as JSON; the file's name tells GPU and date unless one is given."""
     about = environment()
@@ -237,7 +216,7 @@ def run(out: Path | None) -> Path:
         gpu = about["gpu"].removeprefix("NVIDIA ").replace(" ", "-").lower()
         out = Path(__file__).parent / "results" / f"{gpu}-{about['date']}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    results: dict = {"environment": about, "host": measure(64, 1024), "shapes": []}
+    results: dict = {"environment": about, "compiling": compiling(), "host": measure(64, 1024), "shapes": []}
     for shape in SHAPES:
         results["shapes"].append(run_shape(shape))
         out.write_text(json.dumps(results, indent=1) + "\n")

@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from benchmarks.environment import environment
+from benchmarks.report import SPARSE_GRADIENT
 from benchmarks.timing import cuda_ms
 
-RESULTS = Path(__file__).parent / "results" / "sparse_gradient.json"
 BLOCK = 128
 THRESHOLDS = (0.0, 2.0**-20, 2.0**-16, 2.0**-12, 2.0**-9)
 
@@ -152,7 +153,7 @@ def measure(hidden: Tensor, weight: Tensor, dlogits: Tensor, order: str, timed: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sparse_gradient", description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=SPARSE_GRADIENT)
     parser.add_argument("--entropy", type=float, default=2.0, help="nats; a language model's is 1.5 to 3")
     parser.add_argument("--shape", type=int, nargs=3, default=(2048, 4096, 128256 // BLOCK * BLOCK))
     options = parser.parse_args()
@@ -170,7 +171,8 @@ def main() -> None:
         errors = ", ".join(f"{row[name]:.1e}" for name in ("dhidden_error", "dweight_error"))
         print(f"{row['order']:16}  {threshold:>9}  {row['kept']:5.1%}  {times}       {errors}")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"shape": options.shape, "entropy": options.entropy, "rows": results}, indent=1))
+    written = {"environment": environment(), "shape": options.shape, "entropy": options.entropy, "rows": results}
+    options.out.write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":

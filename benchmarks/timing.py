@@ -38,6 +38,12 @@ def summary(times: list[float]) -> Timing:
     return {"ms": median, "low_ms": low, "high_ms": high}
 
 
+def train(loss, logits, labels, **options):
+    """Loss and gradient with respect to the logits, which are no leaf."""
+    value = loss(logits, labels, **options)
+    return value, torch.autograd.grad(value, logits)[0]
+
+
 def cuda_ms(function: Callable[[], object], repeats: int = 15) -> float:
     """The median device time of one function in milliseconds."""
     return interleaved({"": lambda _: function()}, repeats)[""]["ms"]

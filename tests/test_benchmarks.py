@@ -1,30 +1,81 @@
-"""The benchmarks refuse wrong results, and the README claims no figure that the committed results do not hold."""
+"""The benchmarks refuse wrong results, and pages claim no figure that the committed results do not hold."""
 
 import copy
+import json
+import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
 
-from benchmarks import plots, report, tune
+import torch_api
+from benchmarks import compiling, plots, report, tune
+from benchmarks.names import OURS_TORCH
 from benchmarks.timing import mistake
 from ce_kernels import Problem
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = report.README.read_text()
+PARTS = {report.README: ["linear", "benchmarks"], report.LINEAR_PAGE: ["sparse gradient"]}
+ABOUT = {"gpu": "a GPU", "driver": "1", "date": "2026-01-01", "commit": "abc", "versions": {"torch": "2.12"}}
 FIGURE = re.compile(r"\d(\.\d+)?\s?(×|%|ms\b|µs|us\b|GB|GiB|TB|times faster|x faster)")
 
 
 def outside_of_results(text: str) -> str:
-    """The prose: without the generated section and without code."""
-    before, rest = text.split(report.BEGIN)
-    return re.sub(r"```.*?```|`[^`]*`", "", before + rest.split(report.END)[1], flags=re.DOTALL)
+    """The prose: without the generated parts and without code."""
+    return re.sub(r"```.*?```|`[^`]*`", "", report.PART.sub("", text), flags=re.DOTALL)
 
 
-def test_readme_tables_are_those_of_the_results():
-    assert report.updated_readme() == README, "run: python -m benchmarks report"
+@pytest.mark.parametrize("page", PARTS, ids=lambda page: page.name)
+def test_generated_parts_are_those_of_the_results(page):
+    assert [found["name"] for found in report.PART.finditer(page.read_text())] == PARTS[page]
+    assert report.updated(page) == page.read_text(), "run: python -m benchmarks report"
+
+
+def linear_results() -> dict:
+    head = {"name": "Llama 3 8B", "n_rows": 8192, "width": 4096, "n_classes": 128256}
+    found = {"ms": 2.1, "floor_ms": 2.0, "ratio": 1.05, "memory_gib": 0.312}
+    return {
+        "environment": ABOUT,
+        "heads": [
+            head | {"contenders": {OURS_TORCH: found, "torch": found | {"ratio": 2.0}}},
+            head | {"contenders": {OURS_TORCH: found}},
+        ],
+    }
+
+
+def sparse_gradient_results() -> dict:
+    row = {"kept": 1.0, "blocks_ms": 0.0, "dhidden_ms": 1.0, "dweight_ms": 3.0}
+    row |= {"dhidden_error": 2e-3, "dweight_error": 1e-3}
+    less = row | {"threshold": 2.0**-9, "kept": 0.25, "blocks_ms": 1.0, "dweight_ms": 1.0, "dweight_error": 0.1}
+    rows = [row | {"threshold": "cuBLAS"}, less]
+    orders = ("vocabulary", "mean probability")
+    found = [row | {"order": order} for order in orders for row in rows]
+    return {"environment": ABOUT, "shape": (2048, 4096, 128256), "entropy": 2.0, "rows": found}
+
+
+@pytest.mark.parametrize(
+    ("page", "path", "results", "cells"),
+    [
+        (report.README, "LINEAR", linear_results(), "8192 · 4096 · 128256 | 1.05, 0.31 GiB | – |"),
+        (report.LINEAR_PAGE, "SPARSE_GRADIENT", sparse_gradient_results(), "| 100%, 1.00, 2e-03 | 25%, 0.75, 1e-01 |"),
+    ],
+    ids=["linear", "sparse gradient"],
+)
+def test_a_page_without_its_newest_results_is_found(page, path, results, cells, tmp_path, monkeypatch):
+    file = tmp_path / "results.json"
+    monkeypatch.setattr(report, path, file)
+    empty = report.updated(page)
+    assert cells not in empty
+    file.write_text(json.dumps(results))
+    assert cells in report.updated(page)
+    assert outside_of_results(report.updated(page)) == outside_of_results(empty)
+    file.write_text(json.dumps(results | {"environment": ABOUT | {"commit": "def"}}))
+    assert "commit def" in report.updated(page)
 
 
 def test_plots_are_those_of_the_results():
@@ -39,8 +90,70 @@ def test_other_results_give_another_table_and_another_plot():
     assert plots.digest(other) != plots.digest(results)
 
 
-def test_readme_claims_no_figure_without_a_result():
-    found = FIGURE.search(outside_of_results(README))
+def test_memory_with_donation_is_a_column_of_its_own():
+    results = report.read()
+    shape = next(shape for shape in results["shapes"] if shape["name"] == "Llama 3")
+    shape[OURS_TORCH]["donated_peak_bytes"] = shape["n_rows"] * shape["n_classes"]
+    header, _, cells = report.memory_table(results)
+    names, cells = header.split(" | "), cells.split(" | ")
+    assert cells[names.index(f"{OURS_TORCH}, donated")] == "0.50"
+    assert len(cells) == len(names)
+
+
+# Of what torch.compile imports.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_what_compiles_when():
+    torch._dynamo.reset()
+    eager, compiled = (
+        compiling.follow(loss, "cpu", (4, 6, 8, 10), 16)
+        for loss in (torch_api.cross_entropy, compiling.compiled("aot_eager"))
+    )
+    torch._dynamo.reset()
+    assert eager["first_call"]["graphs"] == 0
+    assert [step["graphs"] for step in (compiled["first_call"], *compiled["batch_sizes"].values())] == [1, 1, 0, 0]
+    # The README's limit: a new value of an option compiles anew.
+    assert {option: step["graphs"] for option, step in compiled["options"].items()} == dict.fromkeys(
+        compiling.OPTIONS, 1
+    )
+
+    eager["first_call"] |= {"seconds": 1.5, "kernels": ["fused", "count", "mean"]}
+    eager["options"]["softcap"]["kernels"] = ["fused"]
+    compiled["first_call"]["seconds"] = 9.3
+    results = report.read()
+    found = {"n_classes": 16, "first_rows": 4, "eager": eager, "torch.compile": compiled}
+    section = report.section(results | {"compiling": found})
+    assert "| compiled | 4 rows | then 6, 8, 10 rows | label_smoothing | z_loss | softcap |" in section
+    assert "| kernels, eager | 3 | 0 | 0 | 0 | 1 | 0 | 0 |" in section
+    assert "| graphs, `torch.compile` | 1 | 1 | 1 | 1 | 1 | 1 | 1 |" in section
+    assert "empty caches: 1.5, under `torch.compile` 9.3;" in section
+
+
+def test_kernels_that_compile_are_counted(monkeypatch):
+    def loss(logits, labels):
+        triton.knobs.runtime.jit_post_compile_hook(key="", fn=SimpleNamespace(name="fused"), compile={})
+        return torch_api.cross_entropy(logits, labels)
+
+    monkeypatch.setattr(compiling, "OPTIONS", {})
+    found = compiling.follow(loss, "cpu", (4, 6), 16)
+    assert found["first_call"]["kernels"] == found["batch_sizes"]["6"]["kernels"] == ["fused"]
+    assert triton.knobs.runtime.jit_post_compile_hook is None
+
+
+def test_caches_are_cold(monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "mine")
+    with compiling.cold_caches():
+        folder = Path(triton.knobs.cache.dir)
+        folder.mkdir()
+        assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).parent == folder.parent
+    assert not folder.exists()
+    assert triton.knobs.cache.dir == "mine"
+
+
+@pytest.mark.parametrize("page", [report.README, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)
+def test_pages_claim_no_figure_without_a_result(page):
+    found = FIGURE.search(outside_of_results(page.read_text()))
     assert found is None, f"measured figures belong between the markers: {found and found[0]!r}"
 
 
