@@ -17,7 +17,14 @@ import triton
 import triton.language as tl
 
 from ce_kernels.elements import aligned, mask_of, row_offset, row_target, scalar, uniform_mass
-from ce_kernels.passes import row_statistics, store_block, store_gradient_block, store_statistics, upstream
+from ce_kernels.passes import (
+    row_statistics,
+    store_block,
+    store_gradient_block,
+    store_ignored_row,
+    store_statistics,
+    upstream,
+)
 
 
 @triton.jit(do_not_specialize=["ignore_index", "rows_inner"])
@@ -47,7 +54,6 @@ def cross_entropy_stats_kernel(
     GROUP: tl.constexpr,
     SHIFTED: tl.constexpr,
     UNROLL: tl.constexpr,
-    EAGER: tl.constexpr,
 ):
     """One program: loss, lse and s = Σq of one row; with predicted_ptr its argmax, and lse of ignored rows too.
 
@@ -71,13 +77,17 @@ def cross_entropy_stats_kernel(
         active = mask_of(row >= 0)
     m, d, qx, q_sum, best, best_col = row_statistics(
         logits_ptr + start, target_ptr + row * TARGET_STRIDE, weight_ptr, shift, active, alpha, scale, cap, WITH_ARGMAX,
-        "evict_first", N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, BLOCK, GROUP, SHIFTED, UNROLL, EAGER, DTYPE,
+        "evict_first", N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, BLOCK, GROUP, SHIFTED, UNROLL, DTYPE,
     )  # fmt: skip
-    store_statistics(
-        m, d, qx, q_sum, best, best_col, row, mass, label_x, ignored, invalid,
-        uniform_mass(alpha, weight_ptr, TOTAL_CLASSES, SOFT_TARGETS), scalar(z_loss, DTYPE, SCALARS_IN_MEMORY),
-        loss_ptr, lse_ptr, target_sum_ptr, predicted_ptr, SOFT_TARGETS or label_smoothing is not None, N_CLASSES, DTYPE,
-    )  # fmt: skip
+    if active:
+        store_statistics(
+            m, d, qx, q_sum, best, best_col, row, mass, label_x, ignored, invalid,
+            uniform_mass(alpha, weight_ptr, TOTAL_CLASSES, SOFT_TARGETS), scalar(z_loss, DTYPE, SCALARS_IN_MEMORY),
+            loss_ptr, lse_ptr, target_sum_ptr, predicted_ptr, SOFT_TARGETS or label_smoothing is not None, N_CLASSES,
+            DTYPE,
+        )  # fmt: skip
+    else:
+        store_ignored_row(row, loss_ptr, lse_ptr, target_sum_ptr)
 
 
 @triton.jit(do_not_specialize=["ignore_index", "rows_inner"])
@@ -193,7 +203,6 @@ def cross_entropy_fused_kernel(
     SHIFTED: tl.constexpr,
     WIDE_STORES: tl.constexpr,
     UNROLL: tl.constexpr,
-    EAGER: tl.constexpr,
     BACKWARDS: tl.constexpr,
 ):
     """One program: statistics, then gradient of one row whose upstream gradient, 1 / denominator, is known beforehand.
@@ -213,6 +222,8 @@ def cross_entropy_fused_kernel(
     scale = scalar(logit_scale, DTYPE, SCALARS_IN_MEMORY)
     cap = scalar(softcap, DTYPE, SCALARS_IN_MEMORY)
     denominator = tl.load(denominator_ptr + row * DENOMINATOR_STRIDE).to(DTYPE)
+    # Rounded as the frameworks' division, so that a second backward finds the same bits.
+    dloss = tl.div_rn(1.0, denominator) if tl.float32 == DTYPE else 1.0 / denominator
     offset = row_offset(row, LOGITS_STRIDE, rows_inner, logits_outer_stride)
     start, shift = aligned(offset, GROUP, SHIFTED)
     logits_row_ptr = logits_ptr + start
@@ -221,27 +232,24 @@ def cross_entropy_fused_kernel(
         row, logits_ptr + offset, target_ptr, weight_ptr, vocab_start_ptr, ignore_index, alpha, scale,
         cap, 0, N_CLASSES, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, DTYPE,
     )  # fmt: skip
-    m, d, qx, q_sum, best, best_col = row_statistics(
-        logits_row_ptr, target_row_ptr, weight_ptr, shift, mask_of(~ignored), alpha, scale, cap, False, EVICTION,
-        N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, BLOCK, GROUP, SHIFTED, UNROLL, EAGER, DTYPE,
-    )  # fmt: skip
-    lse, s = store_statistics(
-        m, d, qx, q_sum, best, best_col, row, mass, label_x, ignored, invalid,
-        uniform_mass(alpha, weight_ptr, TOTAL_CLASSES, SOFT_TARGETS), z_weight, loss_ptr, lse_ptr, target_sum_ptr, None,
-        SOFT_TARGETS or label_smoothing is not None, N_CLASSES, DTYPE,
-    )  # fmt: skip
-
-    # Rounded as the frameworks' division, so that a second backward finds the same bits.
-    dloss = tl.where(ignored, 0.0, tl.div_rn(1.0, denominator) if tl.float32 == DTYPE else 1.0 / denominator)
-    a, active = upstream(lse, s, dloss, None, z_weight)
-    lse = tl.where(active, lse, 0.0)
-    mass = tl.where(active & (label_x != float("-inf")), mass, 0.0)
     if dlogits_ptr is None:
         dlogits_row_ptr = logits_row_ptr
     else:
         out_offset = row_offset(row, DLOGITS_STRIDE, rows_inner, dlogits_outer_stride)
         dlogits_row_ptr = dlogits_ptr + aligned(out_offset, GROUP, SHIFTED and WIDE_STORES)[0]
+    active = mask_of(~ignored)
+    m, d, qx, q_sum, best, best_col = row_statistics(
+        logits_row_ptr, target_row_ptr, weight_ptr, shift, active, alpha, scale, cap, False, EVICTION, N_CLASSES,
+        TOTAL_CLASSES, SOFT_TARGETS, BLOCK, GROUP, SHIFTED, UNROLL, DTYPE,
+    )  # fmt: skip
     if active:
+        lse, s = store_statistics(
+            m, d, qx, q_sum, best, best_col, row, mass, label_x, ignored, invalid,
+            uniform_mass(alpha, weight_ptr, TOTAL_CLASSES, SOFT_TARGETS), z_weight, loss_ptr, lse_ptr, target_sum_ptr,
+            None, SOFT_TARGETS or label_smoothing is not None, N_CLASSES, DTYPE,
+        )  # fmt: skip
+        a, _ = upstream(lse, s, dloss, None, z_weight)
+        mass = tl.where(label_x != float("-inf"), mass, 0.0)
         for edge in tl.static_range(FULL, END, BLOCK):
             store_gradient_block(
                 edge, logits_row_ptr, target_row_ptr, weight_ptr, shift, active, column, mass, a, dloss, lse, alpha,
@@ -262,6 +270,7 @@ def cross_entropy_fused_kernel(
                 GROUP, SHIFTED, DTYPE,
             )  # fmt: skip
     else:
+        store_ignored_row(row, loss_ptr, lse_ptr, target_sum_ptr)
         zeros = tl.zeros([BLOCK], dlogits_row_ptr.dtype.element_ty)
         for step in tl.range(0, END, BLOCK):
             store_block(dlogits_row_ptr, zeros, step, shift, True, N_CLASSES, WIDE_STORES, BLOCK, GROUP, SHIFTED)

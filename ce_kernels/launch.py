@@ -216,7 +216,6 @@ def _plan(
         programs *= constants["BLOCKS_PER_ROW"]
     else:
         constants["UNROLL"] = config.unroll
-        constants["EAGER"] = config.num_ctas > 1
     if kernel != "stats":
         constants["DLOGITS_STRIDE"] = problem.dlogits_stride or problem.n_classes
         constants["WIDE_STORES"] = problem.wide_stores(in_place)

@@ -91,13 +91,10 @@ def row_statistics(
     GROUP: tl.constexpr,
     SHIFTED: tl.constexpr,
     UNROLL: tl.constexpr,
-    EAGER: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """The running values of `statistics_block` after a whole row; a row that is not active is not read.
-
-    EAGER reads the first block all the same: its loads need not wait for the label, which is worth 5 % in a cluster.
-    """
+    """The running values of `statistics_block` after a whole row; a row that is not active is not read."""
+    FIRST: tl.constexpr = BLOCK if SHIFTED else 0
     FULL: tl.constexpr = N_CLASSES // BLOCK * BLOCK
     END: tl.constexpr = N_CLASSES + (GROUP - 1 if SHIFTED else 0)
     m = tl.full([BLOCK // GROUP], float("-inf"), DTYPE)
@@ -106,15 +103,14 @@ def row_statistics(
     q_sum = tl.zeros([BLOCK // GROUP], DTYPE)
     best = tl.full([BLOCK // GROUP], float("-inf"), DTYPE)
     best_col = tl.zeros([BLOCK // GROUP], tl.int32)
-    if FULL > 0 and (EAGER or SHIFTED):
+    if SHIFTED and FULL > 0:
         m, d, qx, q_sum, best, best_col = statistics_block(
-            m, d, qx, q_sum, best, best_col, 0, logits_row_ptr, target_row_ptr, weight_ptr, shift,
-            mask_of(shift >= 0) if EAGER else active, label_smoothing, logit_scale, softcap, WITH_ARGMAX, SHIFTED,
-            EVICTION, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, BLOCK, GROUP, SHIFTED, DTYPE,
+            m, d, qx, q_sum, best, best_col, 0, logits_row_ptr, target_row_ptr, weight_ptr, shift, active,
+            label_smoothing, logit_scale, softcap, WITH_ARGMAX, True, EVICTION, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS,
+            BLOCK, GROUP, SHIFTED, DTYPE,
         )  # fmt: skip
-    for start in tl.range(
-        BLOCK if EAGER or SHIFTED else 0, tl.where(active, FULL, 0), BLOCK, loop_unroll_factor=UNROLL
-    ):
+    # An end unknown to the compiler: with a known one it unrolls whole rows, whose loads then hold all registers.
+    for start in tl.range(FIRST, tl.where(active, FULL, 0), BLOCK, loop_unroll_factor=UNROLL):
         m, d, qx, q_sum, best, best_col = statistics_block(
             m, d, qx, q_sum, best, best_col, start, logits_row_ptr, target_row_ptr, weight_ptr, shift, active,
             label_smoothing, logit_scale, softcap, WITH_ARGMAX, False, EVICTION, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS,
@@ -127,6 +123,13 @@ def row_statistics(
             BLOCK, GROUP, SHIFTED, DTYPE,
         )  # fmt: skip
     return m, d, qx, q_sum, best, best_col
+
+
+@triton.jit
+def store_ignored_row(row, loss_ptr, lse_ptr, target_sum_ptr):
+    tl.store(loss_ptr + row, 0.0)
+    tl.store(lse_ptr + row, 0.0)
+    tl.store(target_sum_ptr + row, 0.0)
 
 
 @triton.jit
@@ -173,8 +176,6 @@ def store_statistics(
         is_best = best == tl.max(best, axis=0)
         predicted = tl.min(tl.where(is_best, best_col, N_CLASSES - 1), axis=0)
         tl.store(predicted_ptr + row, predicted)
-    else:
-        lse = tl.where(ignored, 0.0, lse)
     if z_loss is not None:
         loss += z_loss * lse * lse
     loss = tl.where(ignored, 0.0, tl.where(invalid, float("nan"), loss))

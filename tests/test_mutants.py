@@ -69,8 +69,8 @@ KERNEL_MUTANTS = {
         "mass = mass * 1.0\n        if weight_ptr",
     ),
     "ignored_rows_counted": (
-        "loss = tl.where(ignored, 0.0, tl.where(invalid",
-        "loss = tl.where(ignored, 1.0, tl.where(invalid",
+        "tl.store(loss_ptr + row, 0.0)",
+        "tl.store(loss_ptr + row, 1.0)",
     ),
 }
 
