@@ -122,6 +122,17 @@ def test_the_same_bits_100_times(name):
         assert torch.equal(gradient, again[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n_classes", [1000, 50257, 128256])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"z_loss": 1e-3}, {"softcap": 30.0}], ids=str)
+def test_a_second_backward_has_the_bits_of_the_first(options, n_classes, dtype):
+    logits, labels = problem(64, n_classes, dtype)
+    leaf = logits.requires_grad_()
+    loss = cross_entropy(leaf, labels, **options)
+    first, second = (torch.autograd.grad(loss, leaf, retain_graph=True)[0].clone() for _ in range(2))
+    assert torch.equal(first, second)
+
+
 def test_a_device_that_is_not_the_current_one():
     if torch.cuda.device_count() < 2:
         # The guard is taken all the same: the current device is named, and another context is entered.
