@@ -38,9 +38,10 @@ def recorded(function: Callable[[], object]) -> list[Callable[[], object]]:
     """The bare launches that a call makes, each with the very arguments it passes."""
     launches, run = [], launch.run_kernel
 
-    def record(kernel, grid, device, arguments, keywords):
-        launches.append(lambda: kernel[grid](*arguments, **keywords))
-        run(kernel, grid, device, arguments, keywords)
+    def record(name, grid, arguments, options):
+        kernel = launch.kernel(name)
+        launches.append(lambda: kernel[grid](*arguments, **options))
+        run(name, grid, arguments, options)
 
     launch.run_kernel = record
     try:

@@ -5,7 +5,7 @@
     cross_entropy_fused_kernel   both in one launch                one program (or cluster of them) a row, one read from
                                                                    memory and one meant for L2, one write
 
-and what stands around them in a training step: `count_kernel`, `mean_kernel`, `scale_kernel`.
+and what stands around them in a training step: `divisor_kernel`, `mean_kernel`, `scale_kernel`.
 
 A row may be a slice of the vocabulary that starts at `vocab_start`; slices merge by lse = log Σ exp(lse_j),
 loss = Σ loss_j + s_j·(lse − lse_j). An argument that is None removes its code.
@@ -293,15 +293,25 @@ def mean_kernel(values_ptr, divisor_ptr, out_ptr, n, SUM_DIVISOR: tl.constexpr, 
     tl.store(out_ptr, tl.sum(values, axis=0) / divisor)
 
 
-@triton.jit(do_not_specialize=["ignore_index", "n"])
-def count_kernel(target_ptr, ignore_index, out_ptr, n, BLOCK: tl.constexpr):
-    """One program in all: how many of n labels are not ignore_index. Bytes: the labels once."""
-    counts = tl.zeros([BLOCK], tl.int32)
+@triton.jit(do_not_specialize=["ignore_index", "n", "n_classes"])
+def divisor_kernel(target_ptr, weight_ptr, ignore_index, out_ptr, n, n_classes, BLOCK: tl.constexpr):
+    """One program in all: Σ of the labels' class weights (1 each without them) over n labels that are not ignore_index.
+
+    An invalid label, whose loss is NaN, counts as 1. Bytes: the labels once. Algorithm: as in `mean_kernel`.
+    """
+    total = tl.zeros([BLOCK], out_ptr.dtype.element_ty)
     for start in tl.range(0, n, BLOCK):
         rows = start + tl.arange(0, BLOCK)
         labels = tl.load(target_ptr + rows, mask=rows < n, other=0).to(tl.int64)
-        counts += tl.where((labels != ignore_index) & (rows < n), 1, 0)
-    tl.store(out_ptr, tl.sum(counts, axis=0).to(out_ptr.dtype.element_ty))
+        counted = rows < n
+        if ignore_index is not None:
+            counted &= labels != ignore_index
+        mass = tl.full([BLOCK], 1.0, total.dtype)
+        if weight_ptr is not None:
+            valid = (labels >= 0) & (labels < n_classes)
+            mass = tl.where(valid, tl.load(weight_ptr + tl.where(valid, labels, 0)).to(total.dtype), mass)
+        total += tl.where(counted, mass, 0.0)
+    tl.store(out_ptr, tl.sum(total, axis=0))
 
 
 @triton.jit

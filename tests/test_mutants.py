@@ -15,7 +15,7 @@ from tests.cases import CASES
 from tests.conftest import HAS_GPU
 from tests.frontends import Jax, Torch
 from tests.test_contract import check_case
-from torch_api import losses, rules
+from torch_api import launch, losses, rules
 
 KERNEL_MUTANTS = {
     "zero_off_target": (
@@ -129,6 +129,12 @@ def load_kernels(old: str, new: str, tmp_path, monkeypatch):
     return mutant
 
 
+def use(copy, monkeypatch):
+    """Lets both front ends launch the kernels of this copy."""
+    monkeypatch.setattr(ce_kernels, "kernels", copy)
+    monkeypatch.setattr(launch, "kernel", lambda name: getattr(copy, name))
+
+
 def survives(frontend, case) -> bool:
     try:
         for reduction in ("none", "mean"):
@@ -141,13 +147,13 @@ def survives(frontend, case) -> bool:
 @pytest.mark.parametrize("name", KERNEL_MUTANTS)
 def test_kernel_mutant_is_killed(name, tmp_path, monkeypatch):
     mutant = load_kernels(*KERNEL_MUTANTS[name], tmp_path, monkeypatch)
-    monkeypatch.setattr(ce_kernels, "kernels", mutant)
+    use(mutant, monkeypatch)
     assert not all(survives(frontend, case) for frontend, case in KILLERS), f"mutant {name} survives"
 
 
 def test_unmutated_kernels_survive(tmp_path, monkeypatch):
     copy = load_kernels("import triton\n", "import triton\n", tmp_path, monkeypatch)
-    monkeypatch.setattr(ce_kernels, "kernels", copy)
+    use(copy, monkeypatch)
     assert all(survives(frontend, case) for frontend, case in KILLERS)
 
 

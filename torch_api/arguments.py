@@ -1,8 +1,7 @@
 """A call's arguments, checked: by shapes, dtypes and options, once for all calls that have them in common."""
 
-import contextlib
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from ce_kernels.checks import (
 from ce_kernels.spec import fail
 from torch_api import reductions, tracing
 from torch_api.launch import choose_implementation
-from torch_api.reference import compute_dtype, is_ignored
+from torch_api.reference import compute_dtype
 from torch_api.rows import Inputs, RowSpec
 
 
@@ -52,26 +51,34 @@ def checked(
 
     Of a vocabulary in several slices input, soft targets and weight are one; slices 0 leaves labels unchecked.
     """
-    for name, value in (("input", input), ("target", target), ("weight", weight)):
-        if not isinstance(value, Tensor) and not (value is None and name == "weight"):
-            fail(TypeError, f"{name} of type {type(value).__name__}", "a torch.Tensor", f"torch.as_tensor({name})")
+    if not (
+        isinstance(input, Tensor) and isinstance(target, Tensor) and (weight is None or isinstance(weight, Tensor))
+    ):
+        _no_tensor(input=input, target=target, weight=target if weight is None else weight)
     facts = (input.shape, input.dtype, input.device), (target.shape, target.dtype, target.device)
     of_weight = None if weight is None else (weight.shape, weight.dtype, weight.device)
     call = None
     if not torch.compiler.is_compiling():
-        # A TypeError may mean no more than an unhashable argument, or a symbolic size.
-        with contextlib.suppress(TypeError):
+        try:
             call = _check_once(*facts, of_weight, *choices)
-    axis, soft, spec = _check(*facts, of_weight, *choices) if call is None else call
+        except TypeError:
+            # It may mean no more than an unhashable argument, or a symbolic size.
+            call = None
+    axis, soft, spec = call or _check(*facts, of_weight, *choices)
     if soft:
         target = _classes_last(target, axis)
     elif target.dtype not in (torch.int32, torch.int64):
         # Narrow and unsigned integers cannot hold a negative ignore_index.
         target = target.to(torch.int64)
     inputs = Inputs(_classes_last(input, axis), target, weight if weight is None else weight.contiguous())
-    if not soft and slices and target.device.type == "cpu" and tracing.is_eager(input, target):
+    if not soft and slices and target.is_cpu and tracing.is_eager(input, target):
         check_labels(target, slices * input.shape[axis], spec.options)
     return inputs, spec
+
+
+def _no_tensor(**arguments: object) -> NoReturn:
+    name, value = next((name, value) for name, value in arguments.items() if not isinstance(value, Tensor))
+    fail(TypeError, f"{name} of type {type(value).__name__}", "a torch.Tensor", f"torch.as_tensor({name})")
 
 
 def _check(logits, target, weight, *choices) -> Call:
@@ -139,14 +146,6 @@ def divisor(inputs: Inputs, spec: RowSpec, denominator: float | Tensor | None) -
         return checked_denominator(denominator, dtype, device)
     if inputs.target.is_floating_point():
         return inputs.target.numel() // inputs.target.shape[-1]
-    if inputs.weight is None:
-        if spec.options.ignore_index is None:
-            return inputs.target.numel()
-        if not tracing.is_eager(inputs.target):
-            return (inputs.target != spec.options.ignore_index).sum(dtype=dtype)
-        return reductions.count(inputs.target, spec.options.ignore_index, dtype, spec)
-    label = inputs.target.long()
-    valid = (label >= 0) & (label < inputs.weight.shape[0])
-    # An invalid label makes the mean NaN by its loss; counted as 1, it leaves the other rows' gradients finite.
-    mass = torch.where(valid, inputs.weight.to(dtype)[torch.where(valid, label, 0)], 1.0)
-    return torch.where(is_ignored(inputs, spec.options), 0.0, mass).sum()
+    if inputs.weight is None and spec.options.ignore_index is None:
+        return inputs.target.numel()
+    return reductions.label_mass(inputs, spec, dtype)

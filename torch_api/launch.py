@@ -6,7 +6,6 @@ What depends on shapes, strides and options alone is decided once and cached; a 
 import importlib.util
 import math
 import os
-from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -45,15 +44,12 @@ def stats(inputs: Inputs, spec: RowSpec, *, with_argmax: bool) -> Stats:
     """Per-row statistics: one read of the logits."""
     if spec.implementation == "reference":
         return _plain_stats(inputs, spec, with_argmax)
-    logits, target, weight = _readable(inputs)
-    launch = _plan_stats(
-        logits.shape, logits.stride(), logits.dtype, _target_stride(target), spec, _place(logits), with_argmax
-    )
-    out = _row_outputs(logits)
-    predicted = out[0].new_empty(out[0].shape, dtype=torch.int32) if with_argmax else None
-    tensors = {"loss_ptr": out[0], "lse_ptr": out[1], "target_sum_ptr": out[2], "predicted_ptr": predicted}
-    _run(launch, logits, {"target_ptr": target, "weight_ptr": weight} | tensors)
-    return Stats(*out, predicted)
+    inputs = _readable(inputs)
+    call = _plan_stats(_arrays(inputs), spec, with_argmax)
+    loss, lse, target_sum = _row_outputs(call, inputs.logits)
+    predicted = torch.empty_like(loss, dtype=torch.int32) if with_argmax else None
+    _run(call, inputs, (), (loss, lse, target_sum, predicted))
+    return Stats(loss, lse, target_sum, predicted)
 
 
 def grad(
@@ -62,35 +58,18 @@ def grad(
     """dlogits (and dtarget): one read, one write. donate: dlogits overwrites the logits."""
     if spec.implementation == "reference":
         return _plain_grad(inputs, upstream, spec, with_dtarget, donate)
-    logits, target, weight = _readable(inputs)
+    readable = _readable(inputs)
+    logits, target, _ = readable
     # A copy made for reading is nobody's: the gradient may overwrite it.
     in_place = donate or logits is not inputs.logits
     dloss, dlse = layout.as_vector(upstream.dloss), layout.as_vector(upstream.dlse)
     strides = (0 if dloss is None else dloss.stride(0), 0 if dlse is None else dlse.stride(0))
-    launch = _plan_grad(
-        logits.shape,
-        logits.stride(),
-        logits.dtype,
-        _target_stride(target),
-        spec,
-        _place(logits),
-        strides,
-        _name(target.dtype) if with_dtarget else None,
-        in_place,
-    )
-    dlogits = None if in_place else layout.empty_gradient(logits)
+    dtarget_dtype = _name(target.dtype) if with_dtarget else None
+    call = _plan_grad(_arrays(readable), spec, strides, dtarget_dtype, in_place)
+    dlogits = None if in_place else _gradient_output(call, logits)
     dtarget = target.new_empty(target.shape) if with_dtarget else None
-    tensors = {
-        "target_ptr": target,
-        "weight_ptr": weight,
-        "lse_ptr": upstream.lse.contiguous(),
-        "target_sum_ptr": upstream.target_sum.contiguous(),
-        "dloss_ptr": dloss,
-        "dlse_ptr": dlse,
-        "dlogits_ptr": dlogits,
-        "dtarget_ptr": dtarget,
-    }
-    _run(launch, logits, tensors)
+    rows = (upstream.lse.contiguous(), upstream.target_sum.contiguous(), dloss, dlse)
+    _run(call, readable, rows, (dlogits, dtarget))
     return logits if dlogits is None else dlogits, dtarget
 
 
@@ -100,23 +79,13 @@ def fused(inputs: Inputs, denominator: Tensor, spec: RowSpec, *, donate: bool = 
         out = _plain_stats(inputs, spec, with_argmax=False)
         upstream = Upstream(out.lse, out.target_sum, denominator.reciprocal().expand(out.lse.shape), None)
         return out, _plain_grad(inputs, upstream, spec, with_dtarget=False, donate=donate)[0]
-    logits, target, weight = _readable(inputs)
+    readable = _readable(inputs)
+    logits = readable.logits
     in_place = donate or logits is not inputs.logits
-    launch = _plan_fused(
-        logits.shape, logits.stride(), logits.dtype, _target_stride(target), spec, _place(logits), in_place
-    )
-    loss, lse, target_sum = _row_outputs(logits)
-    dlogits = None if in_place else layout.empty_gradient(logits)
-    tensors = {
-        "target_ptr": target,
-        "weight_ptr": weight,
-        "denominator_ptr": denominator,
-        "loss_ptr": loss,
-        "lse_ptr": lse,
-        "target_sum_ptr": target_sum,
-        "dlogits_ptr": dlogits,
-    }
-    _run(launch, logits, tensors)
+    call = _plan_fused(_arrays(readable), spec, in_place)
+    loss, lse, target_sum = _row_outputs(call, logits)
+    dlogits = None if in_place else _gradient_output(call, logits)
+    _run(call, readable, (denominator,), (loss, lse, target_sum, dlogits))
     return Stats(loss, lse, target_sum), logits if dlogits is None else dlogits
 
 
@@ -125,12 +94,10 @@ def scale_(values: Tensor, scale: Tensor, implementation: str) -> None:
     if implementation == "reference":
         values.mul_(scale)
     elif values.numel():
-        from ce_kernels.kernels import scale_kernel
-
         # A few programs a multiprocessor: enough to fill a device, few enough to cost nothing with nothing to do.
-        block, programs = 4096, 1024
+        block, programs = 16384, 1056
         grid = (min(programs, -(-values.numel() // block)),)
-        run_kernel(scale_kernel, grid, values.device, (values, scale, values.numel()), {"BLOCK": block, "num_warps": 8})
+        run_kernel("scale_kernel", grid, (values, scale, values.numel(), block), {"num_warps": 16})
 
 
 def _plain_stats(inputs: Inputs, spec: RowSpec, with_argmax: bool) -> Stats:
@@ -176,7 +143,7 @@ def _readable(inputs: Inputs) -> Inputs:
         levels = layout.row_levels(target.shape, target.stride()) if target.is_floating_point() else None
         if levels is None or levels.rows_inner is not None:
             target = target.contiguous()
-    return Inputs(logits, target, weight)
+    return inputs if logits is inputs.logits and target is inputs.target else Inputs(logits, target, weight)
 
 
 def _target_stride(target: Tensor) -> int | None:
@@ -188,25 +155,27 @@ def _target_stride(target: Tensor) -> int | None:
     return levels.stride
 
 
-def _row_outputs(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    # Three buffers, not three views of one: writing to the loss in place must not meet a shared base.
-    loss = torch.empty(logits.shape[:-1], dtype=reference.compute_dtype(logits), device=logits.device)
+def _row_outputs(call: "_Call", logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # Three buffers, not three views of one: writing to the loss in place must not meet a shared base. With strides:
+    # `torch.empty` takes twice the time.
+    loss = torch.empty_strided(*call.rows, dtype=call.dtype, device=logits.device)
     return loss, torch.empty_like(loss), torch.empty_like(loss)
+
+
+def _gradient_output(call: "_Call", logits: Tensor) -> Tensor:
+    return torch.empty_strided(logits.shape, call.gradient_strides, dtype=logits.dtype, device=logits.device)
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-class _Place(NamedTuple):
-    """What a plan asks of the logits' memory: does it start on a 16-byte boundary; has its device clusters."""
-
-    aligned: bool
-    clusters: bool
-
-
-def _place(logits: Tensor) -> _Place:
-    return _Place(logits.data_ptr() % 16 == 0, _has_clusters(logits.device))
+def _arrays(inputs: Inputs) -> tuple:
+    """All that a plan knows of the arrays. A plain tuple: it is made and hashed in every call."""
+    logits, target, _ = inputs
+    # Does it start on a 16-byte boundary?
+    aligned = logits.data_ptr() % 16 == 0
+    return logits.shape, logits.stride(), logits.dtype, logits.device, aligned, _target_stride(target)
 
 
 @lru_cache
@@ -218,38 +187,42 @@ def _has_clusters(device: torch.device) -> bool:
 
 
 class _Call(NamedTuple):
-    """A launch and every argument of its kernel that is no tensor; scalars of fp64 problems travel in memory."""
+    """A launch: what it allocates, and every argument of its kernel that is no array, in the kernel's order."""
 
     kernel: str
     grid: tuple[int]
-    keywords: dict[str, Any]
-    scalars_in_memory: tuple[tuple[str, float], ...]
+    rows: tuple[tuple[int, ...], tuple[int, ...]]
+    dtype: torch.dtype
+    gradient_strides: tuple[int, ...]
+    scalars: tuple[int | float | None, ...]
+    constants: tuple[int | bool, ...]
+    options: dict[str, Any]
+    scalars_in_memory: bool
     vocab_start: int | None
 
 
 @lru_cache(maxsize=4096)
-def _plan_stats(shape, strides, dtype, target_stride, spec: RowSpec, place: _Place, with_argmax: bool) -> _Call:
-    problem = _problem(shape, strides, dtype, target_stride, spec, place)
-    return _call(plan_stats(problem, with_argmax=with_argmax), spec)
+def _plan_stats(arrays: tuple, spec: RowSpec, with_argmax: bool) -> _Call:
+    return _call(plan_stats(_problem(arrays, spec), with_argmax=with_argmax), arrays, spec)
 
 
 @lru_cache(maxsize=4096)
 def _plan_grad(
-    shape, strides, dtype, target_stride, spec: RowSpec, place: _Place, upstream_strides, dtarget, in_place: bool
+    arrays: tuple, spec: RowSpec, upstream_strides: tuple[int, int], dtarget: str | None, in_place: bool
 ) -> _Call:
-    problem = _problem(shape, strides, dtype, target_stride, spec, place)
+    problem = _problem(arrays, spec)
     dloss, dlse = upstream_strides
     launch = plan_grad(problem, dloss_stride=dloss, dlse_stride=dlse, dtarget_dtype=dtarget, in_place=in_place)
-    return _call(launch, spec)
+    return _call(launch, arrays, spec)
 
 
 @lru_cache(maxsize=4096)
-def _plan_fused(shape, strides, dtype, target_stride, spec: RowSpec, place: _Place, in_place: bool) -> _Call:
-    problem = _problem(shape, strides, dtype, target_stride, spec, place)
-    return _call(plan_fused(problem, denominator_stride=0, in_place=in_place), spec)
+def _plan_fused(arrays: tuple, spec: RowSpec, in_place: bool) -> _Call:
+    return _call(plan_fused(_problem(arrays, spec), denominator_stride=0, in_place=in_place), arrays, spec)
 
 
-def _problem(shape, strides, dtype: torch.dtype, target_stride: int | None, spec: RowSpec, place: _Place) -> Problem:
+def _problem(arrays: tuple, spec: RowSpec) -> Problem:
+    shape, strides, dtype, device, aligned, target_stride = arrays
     levels = layout.row_levels(shape, strides)
     assert levels is not None
     gradient = layout.gradient_levels(shape, strides)
@@ -265,46 +238,58 @@ def _problem(shape, strides, dtype: torch.dtype, target_stride: int | None, spec
         logits_outer_stride=levels.outer_stride,
         dlogits_stride=gradient.stride,
         dlogits_outer_stride=gradient.outer_stride,
-        aligned=place.aligned,
-        clusters=place.clusters,
+        aligned=aligned,
+        clusters=_has_clusters(device),
     )
 
 
-def _call(launch: Launch, spec: RowSpec) -> _Call:
-    keywords = {**spec.options.scalars(), **dict(launch.constants)}
-    in_memory = ()
-    if keywords["SCALARS_IN_MEMORY"]:
-        in_memory = tuple((name, value) for name, value in spec.options.scalars().items() if isinstance(value, float))
-    keywords |= {
-        "vocab_start_ptr": None,
-        **launch.options,
-    }
-    for name in ("rows_inner", "logits_outer_stride", *(() if "stats" in launch.kernel else ("dlogits_outer_stride",))):
-        keywords.setdefault(name, None)
-    return _Call(launch.kernel, launch.grid, keywords, in_memory, spec.vocab_start)
+def _call(launch: Launch, arrays: tuple, spec: RowSpec) -> _Call:
+    shape, strides, *_ = arrays
+    known = {**spec.options.scalars(), **dict(launch.constants)}
+    # By place, a launch takes a fifth less than by name. Names of pointers end in _ptr, those of constants are upper
+    # case; a scalar that is not known is off.
+    names = [name for name in kernel(launch.kernel).arg_names if not name.endswith("_ptr")]
+    return _Call(
+        launch.kernel,
+        launch.grid,
+        (shape[:-1], layout.contiguous_strides(shape[:-1])),
+        torch.float64 if known["SCALARS_IN_MEMORY"] else torch.float32,
+        layout.gradient_strides(shape, strides),
+        tuple(known.get(name) for name in names if not name.isupper()),
+        tuple(known[name] for name in names if name.isupper()),
+        launch.options,
+        known["SCALARS_IN_MEMORY"],
+        spec.vocab_start,
+    )
 
 
-def _run(call: _Call, logits: Tensor, tensors: Mapping[str, Tensor | None]) -> None:
+def _run(call: _Call, inputs: Inputs, rows: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...]) -> None:
     if call.grid[0] == 0:
         return
+    device, scalars, vocab_start = inputs.logits.device, call.scalars, None
+    if call.scalars_in_memory:
+        dtype = inputs.logits.dtype
+        scalars = [torch.full((), x, dtype=dtype, device=device) if isinstance(x, float) else x for x in scalars]
+    if call.vocab_start is not None:
+        vocab_start = torch.full((), call.vocab_start, dtype=torch.int64, device=device)
+    arguments = (*inputs, vocab_start, *rows, *scalars, *outputs, *call.constants)
+    run_kernel(call.kernel, call.grid, arguments, call.options)
+
+
+@lru_cache
+def kernel(name: str) -> Any:
+    """A kernel by its name: the module imports Triton, which only a launch may do."""
     from ce_kernels import kernels
 
-    keywords = call.keywords
-    if call.scalars_in_memory or call.vocab_start is not None:
-        device = logits.device
-        keywords = keywords | {
-            name: torch.full((), value, dtype=logits.dtype, device=device) for name, value in call.scalars_in_memory
-        }
-        if call.vocab_start is not None:
-            keywords["vocab_start_ptr"] = torch.full((), call.vocab_start, dtype=torch.int64, device=device)
-    kernel = getattr(kernels, call.kernel)
-    run_kernel(kernel, call.grid, logits.device, (logits,), {**tensors, **keywords})
+    return getattr(kernels, name)
 
 
-def run_kernel(kernel: Any, grid: tuple[int], device: torch.device, arguments: tuple, keywords: dict[str, Any]) -> None:
+def run_kernel(name: str, grid: tuple[int], arguments: tuple, options: dict[str, Any]) -> None:
+    """Launches on the device of the first argument, with arguments in the kernel's order and the compiler's options."""
+    device = arguments[0].get_device()
     # A guard costs 3 µs, and the device is nearly always the current one.
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        kernel[grid](*arguments, **keywords)
+    if device < 0 or device == torch.accelerator.current_device_index():
+        kernel(name)[grid](*arguments, **options)
     else:
         with torch.cuda.device(device):
-            kernel[grid](*arguments, **keywords)
+            kernel(name)[grid](*arguments, **options)

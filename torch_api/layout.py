@@ -3,7 +3,6 @@
 from functools import lru_cache
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -42,19 +41,27 @@ def row_levels(shape: tuple[int, ...], strides: tuple[int, ...]) -> Levels | Non
     return None
 
 
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of an array that PyTorch allocates."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.insert(0, step)
+        step *= max(size, 1)
+    return tuple(strides)
+
+
 @lru_cache(maxsize=4096)
 def gradient_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
     """The strides of a gradient: those of logits that fill their memory, in whatever order; else contiguous ones."""
-    contiguous = []
-    step = 1
-    for size in reversed(shape):
-        contiguous.insert(0, step)
-        step *= max(size, 1)
+    contiguous = contiguous_strides(shape)
+    # The stride of a single element says nothing.
+    if 0 in shape or all(a == b or size == 1 for a, b, size in zip(strides, contiguous, shape, strict=True)):
+        return contiguous
     dims = sorted((stride, size) for size, stride in zip(shape, strides, strict=True) if size != 1)
     step = 1
     for stride, size in dims:
         if stride != step:
-            return tuple(contiguous)
+            return contiguous
         step *= size
     return strides
 
@@ -68,14 +75,6 @@ def gradient_levels(shape: tuple[int, ...], strides: tuple[int, ...]) -> Levels:
     if of_logits.rows_inner is not None and found.rows_inner is None:
         return Levels(found.stride, of_logits.rows_inner, of_logits.rows_inner * found.stride)
     return found
-
-
-def empty_gradient(logits: Tensor) -> Tensor:
-    """Memory for the gradient of logits that a kernel reads in place."""
-    if logits.is_contiguous():
-        return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    strides = gradient_strides(logits.shape, logits.stride())
-    return torch.empty_strided(logits.shape, strides, dtype=logits.dtype, device=logits.device)
 
 
 def is_dense(array: Tensor) -> bool:

@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ce_kernels.spec import Implementation, Reduction, check_reduction, fail
-from torch_api import donation, layout, reductions, tracing
+from torch_api import donation, launch, layout, reductions, tracing
 from torch_api.arguments import Choices, checked, divisor
 from torch_api.reference import compute_dtype
 from torch_api.rows import Inputs, Reducing, RowSpec
-from torch_api.rules import FusedLoss, row_losses
+from torch_api.rules import FusedLoss, needs_graph, row_losses
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -111,7 +111,7 @@ def cross_entropy(
         return row_losses(inputs, spec, donate=donate_logits).loss
     eager = tracing.is_eager(*inputs)
     trains = eager and torch.is_grad_enabled() and inputs.logits.requires_grad
-    if not trains and eager and reduction == "mean" and denominator is None and not _needs_graph(inputs):
+    if eager and reduction == "mean" and denominator is None and not needs_graph(inputs):
         return _mean_without_gradient(inputs, spec)
     by = 1.0 if reduction == "sum" else divisor(inputs, spec, denominator)
     if trains and _fuses(inputs, by, donate_logits):
@@ -194,17 +194,13 @@ def _overridden(function, arguments: dict):
     return handle_torch_function(function, (input, target, weight), input, target, weight, **arguments)
 
 
-def _needs_graph(inputs: Inputs) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-
-
 def _fuses(inputs: Inputs, by: float | Tensor, donate: bool) -> bool:
     """Whether loss and gradient are one launch: the gradient of the logits is the only one, and may be rounded now."""
     others = (inputs.target, inputs.weight, by)
     return (
         # Loss scaling exists because p / N is below fp16's range: round only after the upstream gradient is known.
         inputs.logits.dtype != torch.float16
-        and not any(isinstance(other, Tensor) and other.requires_grad for other in others)
+        and not [other for other in others if isinstance(other, Tensor) and other.requires_grad]
         # The backward scales its buffer as a whole.
         and not (donate and not layout.is_dense(inputs.logits))
     )
@@ -212,7 +208,7 @@ def _fuses(inputs: Inputs, by: float | Tensor, donate: bool) -> bool:
 
 def _mean_without_gradient(inputs: Inputs, spec: RowSpec) -> Tensor:
     """`mean` where no gradient is asked for: the launch has summed what it divides by."""
-    out = row_losses(inputs, spec)
+    out = launch.stats(inputs, spec, with_argmax=False)
     if inputs.target.is_floating_point():
         return out.loss.sum() / (inputs.target.numel() // inputs.target.shape[-1])
     if spec.options.label_smoothing:

@@ -1,16 +1,15 @@
 """Sums over rows, of one launch each where there are few rows: PyTorch's own take two or three, 5 µs each (H200)."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from torch_api import launch
-from torch_api.rows import RowSpec
+from torch_api import launch, tracing
+from torch_api.reference import is_ignored
+from torch_api.rows import Inputs, RowSpec
 
 # One program sums this many rows in about the time of a launch.
 FEW_ROWS = 65536
-BLOCK, NUM_WARPS = 4096, 16
+BLOCK, NUM_WARPS = 8192, 32
 
 
 def mean(values: Tensor, divisor: Tensor, spec: RowSpec) -> Tensor:
@@ -27,15 +26,23 @@ def ratio(values: Tensor, divisors: Tensor, spec: RowSpec) -> Tensor:
     return _mean(values, divisors, sum_divisor=True)
 
 
-def count(target: Tensor, ignore_index: int, dtype: torch.dtype, spec: RowSpec) -> Tensor:
-    """How many labels are not ignore_index, 0-d."""
-    if not _few(target, spec):
+def label_mass(inputs: Inputs, spec: RowSpec, dtype: torch.dtype) -> Tensor:
+    """Σ of the labels' class weights (1 each without them) over rows that are not ignored, 0-d."""
+    _, target, weight = inputs
+    ignore_index = spec.options.ignore_index
+    trains_weight = weight is not None and weight.requires_grad
+    if _few(target, spec) and tracing.is_eager(*inputs) and not trains_weight:
+        out = torch.empty_strided((), (), dtype=dtype, device=target.device)
+        n_classes = 0 if weight is None else len(weight)
+        _one_program("divisor_kernel", (target, weight, ignore_index, out, target.numel(), n_classes))
+        return out
+    if weight is None:
         return (target != ignore_index).sum(dtype=dtype)
-    from ce_kernels.kernels import count_kernel
-
-    out = torch.empty((), dtype=dtype, device=target.device)
-    _one_program(count_kernel, target, (target, ignore_index, out, target.numel()), {})
-    return out
+    label = target.long()
+    valid = (label >= 0) & (label < len(weight))
+    # An invalid label makes the mean NaN by its loss; counted as 1, it leaves the other rows' gradients finite.
+    mass = torch.where(valid, weight.to(dtype)[torch.where(valid, label, 0)], 1.0)
+    return torch.where(is_ignored(inputs, spec.options), 0.0, mass).sum()
 
 
 def _few(rows: Tensor, spec: RowSpec) -> bool:
@@ -43,12 +50,10 @@ def _few(rows: Tensor, spec: RowSpec) -> bool:
 
 
 def _mean(values: Tensor, divisor: Tensor, *, sum_divisor: bool) -> Tensor:
-    from ce_kernels.kernels import mean_kernel
-
-    out = torch.empty((), dtype=values.dtype, device=values.device)
-    _one_program(mean_kernel, values, (values, divisor, out, values.numel()), {"SUM_DIVISOR": sum_divisor})
+    out = torch.empty_strided((), (), dtype=values.dtype, device=values.device)
+    _one_program("mean_kernel", (values, divisor, out, values.numel(), sum_divisor))
     return out
 
 
-def _one_program(kernel: Any, rows: Tensor, arguments: tuple, constants: dict[str, Any]) -> None:
-    launch.run_kernel(kernel, (1,), rows.device, arguments, {"BLOCK": BLOCK, "num_warps": NUM_WARPS, **constants})
+def _one_program(kernel: str, arguments: tuple) -> None:
+    launch.run_kernel(kernel, (1,), (*arguments, BLOCK), {"num_warps": NUM_WARPS})

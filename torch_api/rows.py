@@ -4,6 +4,7 @@ logits [*batch, V], target [*batch] (class indices) or [*batch, V], row vectors 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
@@ -22,6 +23,14 @@ class RowSpec:
     implementation: str
     vocab_start: int | None = None
     total_classes: int | None = None
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # Once: every launch finds its plan by it. Of numbers alone, which hash alike in every process.
+        return hash((self.options, self.vocab_start, self.total_classes))
 
 
 class Inputs(NamedTuple):

@@ -22,14 +22,22 @@ from torch_api.rows import Inputs, RowSpec, Stats, Upstream
 
 def row_losses(inputs: Inputs, spec: RowSpec, *, with_argmax: bool = False, donate: bool = False) -> Stats:
     """Statistics of rows, differentiable in loss and lse: alone or together, in whatever mode is active."""
+    if tracing.is_eager(*inputs):
+        if needs_graph(inputs):
+            return Stats(*_EagerRowLosses.apply(*inputs, spec, with_argmax, donate))
+        return launch.stats(inputs, spec, with_argmax=with_argmax)
     trains_weight = inputs.weight is not None and inputs.weight.requires_grad
     if tracing.is_higher_order() or (trains_weight and torch.compiler.is_compiling()):
         return plain_row_losses(inputs, spec, with_argmax=with_argmax)
-    if not tracing.is_eager(*inputs):
-        return Stats(*RowLosses.apply(*inputs, spec, with_argmax, False))
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        return Stats(*_EagerRowLosses.apply(*inputs, spec, with_argmax, donate))
-    return launch.stats(inputs, spec, with_argmax=with_argmax)
+    return Stats(*RowLosses.apply(*inputs, spec, with_argmax, False))
+
+
+def needs_graph(inputs: Inputs) -> bool:
+    """Whether autograd must know where a result of these inputs came from."""
+    logits, target, weight = inputs
+    return torch.is_grad_enabled() and (
+        logits.requires_grad or target.requires_grad or (weight is not None and weight.requires_grad)
+    )
 
 
 def plain_row_losses(inputs: Inputs, spec: RowSpec, *, with_argmax: bool) -> Stats:
@@ -146,7 +154,8 @@ class _EagerRowLosses(RowLosses):
 
     @staticmethod
     def forward(ctx, *args):
-        out = RowLosses.forward(*args)
+        *inputs, spec, with_argmax, _ = args
+        out = launch.stats(Inputs(*inputs), spec, with_argmax=with_argmax)
         RowLosses.setup_context(ctx, args, out)
         return out
 
