@@ -216,11 +216,13 @@ def run(out: Path | None) -> Path:
         gpu = about["gpu"].removeprefix("NVIDIA ").replace(" ", "-").lower()
         out = Path(__file__).parent / "results" / f"{gpu}-{about['date']}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    results: dict = {"environment": about, "compiling": compiling(), "host": measure(64, 1024), "shapes": []}
+    results: dict = {"environment": about, "host": measure(64, 1024), "shapes": []}
     for shape in SHAPES:
         results["shapes"].append(run_shape(shape))
         out.write_text(json.dumps(results, indent=1) + "\n")
-    results |= {"options": options(), "growth": growth(), "flax_step_bytes": temporary_bytes()}
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    parts = {"options": options, "growth": growth, "flax_step_bytes": temporary_bytes, "compiling": compiling}
+    for name, measured in parts.items():
+        results[name] = measured()
+        out.write_text(json.dumps(results, indent=1) + "\n")
     print(f"wrote {out}")
     return out
