@@ -213,7 +213,7 @@ def cross_entropy_fused_kernel(
     DTYPE: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
     # Lines kept in L2 by force would stay there when the gradient has overwritten them.
     EVICTION: tl.constexpr = "" if dlogits_ptr is None else "evict_last"
-    FIRST: tl.constexpr = BLOCK if SHIFTED else 0
+    FIRST: tl.constexpr = BLOCK if SHIFTED and N_CLASSES >= BLOCK else 0
     FULL: tl.constexpr = N_CLASSES // BLOCK * BLOCK
     END: tl.constexpr = N_CLASSES + (GROUP - 1 if SHIFTED else 0)
     row = tl.program_id(0).to(tl.int64)

@@ -94,7 +94,7 @@ def row_statistics(
     DTYPE: tl.constexpr,
 ):
     """The running values of `statistics_block` after a whole row; a row that is not active is not read."""
-    FIRST: tl.constexpr = BLOCK if SHIFTED else 0
+    FIRST: tl.constexpr = BLOCK if SHIFTED and N_CLASSES >= BLOCK else 0
     FULL: tl.constexpr = N_CLASSES // BLOCK * BLOCK
     END: tl.constexpr = N_CLASSES + (GROUP - 1 if SHIFTED else 0)
     m = tl.full([BLOCK // GROUP], float("-inf"), DTYPE)
@@ -110,7 +110,8 @@ def row_statistics(
             BLOCK, GROUP, SHIFTED, DTYPE,
         )  # fmt: skip
     # An end unknown to the compiler: with a known one it unrolls whole rows, whose loads then hold all registers.
-    for start in tl.range(FIRST, tl.where(active, FULL, 0), BLOCK, loop_unroll_factor=UNROLL):
+    # It must not be below the start either, or unrolled loops run wild.
+    for start in tl.range(FIRST, tl.where(active, FULL, FIRST), BLOCK, loop_unroll_factor=UNROLL):
         m, d, qx, q_sum, best, best_col = statistics_block(
             m, d, qx, q_sum, best, best_col, start, logits_row_ptr, target_row_ptr, weight_ptr, shift, active,
             label_smoothing, logit_scale, softcap, WITH_ARGMAX, False, EVICTION, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS,

@@ -167,6 +167,17 @@ def test_rows_that_start_anywhere(offset, n_classes):
         torch.testing.assert_close(gradient.reshape(rows.shape).double(), right, rtol=1e-2, atol=1e-7)
 
 
+def test_ignored_rows_between_boundaries_are_not_read():
+    # An allocation of its own, with nothing before it: a loop that runs backwards faults.
+    torch.cuda.empty_cache()
+    leaf = torch.zeros(512, 50257, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.full((512,), -100, device="cuda")
+    for reduction in ("mean", "none"):
+        loss = cross_entropy(leaf, labels, reduction=reduction)
+        gradient = torch.autograd.grad(loss.sum(), leaf)[0]
+        assert not gradient.any()
+
+
 def test_two_level_views_of_every_length_compile_once():
     from ce_kernels import kernels
 
