@@ -47,6 +47,8 @@ FUSED_CLUSTERS = (
     (2 * 400000, Config(65536, 8, 8, unroll=2, backwards=True, max_registers=64)),  # 2048×262144: 1.29, 1.37
     (None, Config(65536, 16, 8, unroll=3, backwards=True, max_registers=64)),  # 1024×524288: 1.43; 512×1048576: 1.48
 )
+# Rows of logits and rows of soft targets. 4096×128256: 1.48 of reading both and writing one.
+FUSED_CLUSTERS_SOFT = ((None, Config(32768, 8, 4, unroll=2, backwards=True, max_registers=80)),)
 STATS = (
     (2 * 1024, Config(1024, 1)),  # 65536×1000: 0.92 of a training step's copy
     (2 * 16384, Config(1024, 4)),  # 16384×8192: 0.50
@@ -66,7 +68,8 @@ def choose(kernel: str, problem: Problem) -> Config:
     row_bytes = problem.row_bytes
     long = problem.clusters and row_bytes > LONG_ROW
     if kernel == "fused":
-        table = FUSED_CLUSTERS if long else FUSED_SHIFTED if problem.shifted else FUSED
+        clusters = FUSED_CLUSTERS_SOFT if problem.soft_targets else FUSED_CLUSTERS
+        table = clusters if long else FUSED_SHIFTED if problem.shifted else FUSED
     elif kernel == "stats":
         table = STATS_FEW_ROWS if long and problem.n_rows <= FEW_ROWS else STATS
     else:
