@@ -242,14 +242,20 @@ def cross_entropy_fused_kernel(
         logits_row_ptr, target_row_ptr, weight_ptr, shift, active, alpha, scale, cap, False, EVICTION, N_CLASSES,
         TOTAL_CLASSES, SOFT_TARGETS, BLOCK, GROUP, SHIFTED, UNROLL, DTYPE,
     )  # fmt: skip
+    lse, s = tl.cast(0.0, DTYPE), tl.cast(0.0, DTYPE)
     if active:
         lse, s = store_statistics(
             m, d, qx, q_sum, best, best_col, row, mass, label_x, ignored, invalid,
             uniform_mass(alpha, weight_ptr, TOTAL_CLASSES, SOFT_TARGETS), z_weight, loss_ptr, lse_ptr, target_sum_ptr,
             None, SOFT_TARGETS or label_smoothing is not None, N_CLASSES, DTYPE,
         )  # fmt: skip
-        a, _ = upstream(lse, s, dloss, None, z_weight)
-        mass = tl.where(label_x != float("-inf"), mass, 0.0)
+    else:
+        store_ignored_row(row, loss_ptr, lse_ptr, target_sum_ptr)
+    dloss = tl.where(active, dloss, 0.0)
+    a, active = upstream(lse, s, dloss, None, z_weight)
+    lse = tl.where(active, lse, 0.0)
+    mass = tl.where(active & (label_x != float("-inf")), mass, 0.0)
+    if active:
         for edge in tl.static_range(FULL, END, BLOCK):
             store_gradient_block(
                 edge, logits_row_ptr, target_row_ptr, weight_ptr, shift, active, column, mass, a, dloss, lse, alpha,
@@ -270,7 +276,6 @@ def cross_entropy_fused_kernel(
                 GROUP, SHIFTED, DTYPE,
             )  # fmt: skip
     else:
-        store_ignored_row(row, loss_ptr, lse_ptr, target_sum_ptr)
         zeros = tl.zeros([BLOCK], dlogits_row_ptr.dtype.element_ty)
         for step in tl.range(0, END, BLOCK):
             store_block(dlogits_row_ptr, zeros, step, shift, True, N_CLASSES, WIDE_STORES, BLOCK, GROUP, SHIFTED)

@@ -131,7 +131,7 @@ class Launch:
             "num_warps": self.config.num_warps,
             "num_ctas": self.config.num_ctas,
             "num_stages": self.config.num_stages,
-            # A gradient has the same bits whichever kernel computes it; fused multiply-adds would save next to nothing.
+            # Both kernels that make a gradient round it alike; fused multiply-adds would save next to nothing.
             "enable_fp_fusion": False,
         }
         if self.config.max_registers is not None:

@@ -109,8 +109,8 @@ def row_statistics(
             label_smoothing, logit_scale, softcap, WITH_ARGMAX, True, EVICTION, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS,
             BLOCK, GROUP, SHIFTED, DTYPE,
         )  # fmt: skip
-    # An end unknown to the compiler: with a known one it unrolls whole rows, whose loads then hold all registers.
-    # It must not be below the start either, or unrolled loops run wild.
+    # An end unknown to the compiler: with a known one it unrolls whole rows here, whose loads then hold all registers.
+    # It must not be below the start either: the trip count of an unrolled loop is unsigned.
     for start in tl.range(FIRST, tl.where(active, FULL, FIRST), BLOCK, loop_unroll_factor=UNROLL):
         m, d, qx, q_sum, best, best_col = statistics_block(
             m, d, qx, q_sum, best, best_col, start, logits_row_ptr, target_row_ptr, weight_ptr, shift, active,

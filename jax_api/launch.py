@@ -99,7 +99,7 @@ def _choose(static: Static, kernel: Callable, plain: Callable, arrays: tuple) ->
         return run(plain)(*arrays)
     if static.implementation == "triton":
         return run(kernel)(*arrays)
-    return lax.platform_dependent(*arrays, cuda=run(kernel), rocm=run(kernel), default=run(plain))
+    return lax.platform_dependent(*arrays, cuda=run(kernel), default=run(plain))
 
 
 def varying_axes(*arrays: Array) -> frozenset[str]:

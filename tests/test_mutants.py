@@ -9,13 +9,14 @@ import pytest
 import torch
 
 import ce_kernels
-from ce_kernels import elements, kernels, passes
+from ce_kernels import Options, elements, kernels, passes
 from jax_api import sharding
 from tests.cases import CASES
 from tests.conftest import HAS_GPU
 from tests.frontends import Jax, Torch
 from tests.test_contract import check_case
-from torch_api import launch, losses, rules
+from torch_api import launch, losses, reductions, rules
+from torch_api.rows import Inputs, RowSpec
 
 KERNEL_MUTANTS = {
     "zero_off_target": (
@@ -155,6 +156,51 @@ def test_unmutated_kernels_survive(tmp_path, monkeypatch):
     copy = load_kernels("import triton\n", "import triton\n", tmp_path, monkeypatch)
     use(copy, monkeypatch)
     assert all(survives(frontend, case) for frontend, case in KILLERS)
+
+
+DIVISOR_MUTANTS = {
+    "class_weights_ignored": ("valid = (labels >= 0)", "valid = (labels < 0)"),
+    "invalid_labels_not_counted": (".to(total.dtype), mass)", ".to(total.dtype), 0.0)"),
+    "first_block_alone": (
+        "for start in tl.range(0, n, BLOCK):\n        rows = start + tl.arange(0, BLOCK)\n        labels",
+        "for start in tl.range(0, 1, BLOCK):\n        rows = start + tl.arange(0, BLOCK)\n        labels",
+    ),
+    "ignored_labels_counted": ("counted &= labels != ignore_index", "counted &= labels == labels"),
+}
+
+
+def divisor_is_right(n_rows: int, weight_dtype: torch.dtype | None, ignore_index: int | None, label_dtype) -> bool:
+    torch.manual_seed(0)
+    logits = torch.zeros(1, 11, device=DEVICE)
+    labels = torch.randint(0, 11, (n_rows,), device=DEVICE, dtype=label_dtype)
+    labels[::3] = -100
+    labels[::5] = 11  # no class
+    weight = None if weight_dtype is None else torch.rand(11, device=DEVICE).to(weight_dtype)
+    options = Options(ignore_index=ignore_index)
+    found, expected = (
+        reductions.label_mass(Inputs(logits, labels, weight), RowSpec(options, implementation), torch.float32)
+        for implementation in ("triton", "reference")
+    )
+    return torch.allclose(found, expected, rtol=1e-5)
+
+
+DIVISORS = [
+    (1, torch.float32, -100, torch.int64),
+    (8193, torch.float64, -100, torch.int64),
+    (100, torch.bfloat16, None, torch.int32),
+    (8193, None, -100, torch.int32),
+]
+
+
+@pytest.mark.parametrize("divisor", DIVISORS, ids=str)
+def test_divisor_of_the_mean(divisor):
+    assert divisor_is_right(*divisor)
+
+
+@pytest.mark.parametrize("name", DIVISOR_MUTANTS)
+def test_divisor_mutant_is_killed(name, tmp_path, monkeypatch):
+    use(load_kernels(*DIVISOR_MUTANTS[name], tmp_path, monkeypatch), monkeypatch)
+    assert not all(divisor_is_right(*divisor) for divisor in DIVISORS), f"mutant {name} survives"
 
 
 def second_backward_is_exact() -> bool:

@@ -89,6 +89,19 @@ def test_denominator(frontend, kind):
     assert float(loss) == 0.0
 
 
+@each_frontend
+def test_rows_without_upstream_gradient_may_hold_anything(frontend):
+    logits = np.array([[-np.inf] * 3, [1.0, np.nan, 3.0], [1.0, 2.0, 3.0]], np.float32)
+    labels = frontend.array(np.array([0, 1, 2]))
+
+    def loss(x):
+        options = {"denominator": float("inf"), "implementation": frontend.implementation}
+        return (frontend.api.cross_entropy(x, labels, **options),)
+
+    _, (gradient,) = frontend.differentiate(loss, (np.float32(1.0),), logits)
+    assert not gradient.any()
+
+
 class _Number(float):
     """7.0 to the oracle, an array to the front end."""
 

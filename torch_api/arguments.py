@@ -70,7 +70,7 @@ def checked(
     elif target.dtype not in (torch.int32, torch.int64):
         # Narrow and unsigned integers cannot hold a negative ignore_index.
         target = target.to(torch.int64)
-    inputs = Inputs(_classes_last(input, axis), target, weight if weight is None else weight.contiguous())
+    inputs = Inputs(_classes_last(input, axis), target, weight if weight is None else weight.resolve_neg().contiguous())
     if not soft and slices and target.is_cpu and tracing.is_eager(input, target):
         check_labels(target, slices * input.shape[axis], spec.options)
     return inputs, spec

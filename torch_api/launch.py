@@ -18,23 +18,25 @@ from ce_kernels.spec import check_implementation, fail
 from torch_api import layout, reference
 from torch_api.rows import Inputs, RowSpec, Stats, Upstream
 
+SCALE_OPTIONS = {"num_warps": 16, "enable_fp_fusion": False}
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def choose_implementation(implementation: str | None, device: torch.device) -> str:
-    """'triton' on CUDA devices where Triton is installed, 'reference' elsewhere; an impossible wish raises."""
+    """'triton' on NVIDIA GPUs where Triton is installed, 'reference' elsewhere; an impossible wish raises."""
     check_implementation(implementation)
     if implementation == "reference":
         return "reference"
+    on_nvidia = device.type == "cuda" and torch.version.hip is None
     if implementation is None:
-        return "triton" if device.type == "cuda" and TRITON_IS_INSTALLED else "reference"
+        return "triton" if on_nvidia and TRITON_IS_INSTALLED else "reference"
     if not TRITON_IS_INSTALLED:
         fail(RuntimeError, "implementation='triton'", "an installed triton", "implementation=None")
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if not on_nvidia and os.environ.get("TRITON_INTERPRET") != "1":
         fail(
             RuntimeError,
             f"implementation='triton' for tensors on {device}",
-            "a GPU, or Triton's interpreter (environment variable TRITON_INTERPRET=1)",
+            "an NVIDIA GPU, or Triton's interpreter (environment variable TRITON_INTERPRET=1)",
             "implementation=None to choose by device",
         )
     return "triton"
@@ -97,7 +99,7 @@ def scale_(values: Tensor, scale: Tensor, implementation: str) -> None:
         # A few programs a multiprocessor: enough to fill a device, few enough to cost nothing with nothing to do.
         block, programs = 16384, 1056
         grid = (min(programs, -(-values.numel() // block)),)
-        run_kernel("scale_kernel", grid, (values, scale, values.numel(), block), {"num_warps": 16})
+        run_kernel("scale_kernel", grid, (values, scale, values.numel(), block), SCALE_OPTIONS)
 
 
 def _plain_stats(inputs: Inputs, spec: RowSpec, with_argmax: bool) -> Stats:
@@ -180,7 +182,7 @@ def _arrays(inputs: Inputs) -> tuple:
 
 @lru_cache
 def _has_clusters(device: torch.device) -> bool:
-    if device.type != "cuda" or torch.version.hip is not None:
+    if device.type != "cuda":
         return False
     major, minor = torch.cuda.get_device_capability(device)
     return has_clusters(10 * major + minor)

@@ -9,7 +9,8 @@ from torch_api.rows import Inputs, RowSpec
 
 # One program sums this many rows in about the time of a launch.
 FEW_ROWS = 65536
-BLOCK, NUM_WARPS = 8192, 32
+BLOCK = 8192
+OPTIONS = {"num_warps": 32, "enable_fp_fusion": False}
 
 
 def mean(values: Tensor, divisor: Tensor, spec: RowSpec) -> Tensor:
@@ -31,7 +32,8 @@ def label_mass(inputs: Inputs, spec: RowSpec, dtype: torch.dtype) -> Tensor:
     _, target, weight = inputs
     ignore_index = spec.options.ignore_index
     trains_weight = weight is not None and weight.requires_grad
-    if _few(target, spec) and tracing.is_eager(*inputs) and not trains_weight:
+    # Eager first: a question about a symbolic size is a guard.
+    if tracing.is_eager(*inputs) and not trains_weight and _few(target, spec):
         out = torch.empty_strided((), (), dtype=dtype, device=target.device)
         n_classes = 0 if weight is None else len(weight)
         _one_program("divisor_kernel", (target, weight, ignore_index, out, target.numel(), n_classes))
@@ -56,4 +58,4 @@ def _mean(values: Tensor, divisor: Tensor, *, sum_divisor: bool) -> Tensor:
 
 
 def _one_program(kernel: str, arguments: tuple) -> None:
-    launch.run_kernel(kernel, (1,), (*arguments, BLOCK), {"num_warps": NUM_WARPS})
+    launch.run_kernel(kernel, (1,), (*arguments, BLOCK), OPTIONS)
