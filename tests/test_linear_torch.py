@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import library, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -209,7 +209,7 @@ def test_operators_pass_pytorch_s_own_checks(name):
     }[name]
     with torch.no_grad():
         arrays = [x.detach() for x in (hidden, weight, bias)]
-        torch.library.opcheck(
+        library.opcheck(
             getattr(torch.ops.ce_kernels_linear, name).default,
             (arrays[0], arrays[1], arrays[2], labels, None, *arguments),
             test_utils=("test_schema", "test_faketensor"),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import library
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -162,10 +163,10 @@ def test_operators_are_what_they_say(dtype):
         scalars = ops._scalars(RowSpec(Options(**OPTIONS), implementation))
         for target in (labels, logits.softmax(-1)):
             statistics = (logits, target, torch.rand(40, device=DEVICE), True, *scalars)
-            torch.library.opcheck(torch.ops.ce_kernels.row_statistics, statistics)
+            library.opcheck(torch.ops.ce_kernels.row_statistics, statistics)
             loss, lse, target_sum, _ = torch.ops.ce_kernels.row_statistics(*statistics)
             gradients = (logits, target, None, lse, target_sum, loss, lse, target is not labels, *scalars)
-            torch.library.opcheck(torch.ops.ce_kernels.row_gradients, gradients)
+            library.opcheck(torch.ops.ce_kernels.row_gradients, gradients)
 
 
 def test_meta_and_fake_tensors():

@@ -6,7 +6,7 @@ An operation's outputs are tensors: an empty one stands for what is not wanted.
 from dataclasses import astuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from ce_kernels import Options
 from torch_api import linear_chunks
@@ -25,7 +25,7 @@ _SCHEMAS = (
     f"fused({_HEAD}, Tensor denominator, {_STATIC}, bool[] wanted) -> ({_ROWS}, {_GRADIENTS})",
     f"grad({_HEAD}, {_UPSTREAM}, {_STATIC}, bool[] wanted) -> ({_GRADIENTS}, Tensor dtarget)",
 )
-_library = torch.library.Library("ce_kernels_linear", "DEF")
+_library = library.Library("ce_kernels_linear", "DEF")
 
 
 def linear_stats(head: Head, static: Static, *, with_argmax: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -108,4 +108,4 @@ for _schema, _function, _fake in zip(
 ):
     _name = _library.define(_schema)
     _library.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"ce_kernels_linear::{_name}", _fake, lib=_library)
+    library.register_fake(f"ce_kernels_linear::{_name}", _fake, lib=_library)

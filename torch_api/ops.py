@@ -1,10 +1,10 @@
-"""The row operations as `torch.library` operators with fakes, for whoever traces: compile, export, make_fx.
+"""The row operations as custom operators with fakes, for whoever traces: compile, export, make_fx.
 
 They cannot be looked into, they run `torch_api.launch`, and their gradients are contiguous.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from ce_kernels import Options
 from torch_api import launch
@@ -15,7 +15,7 @@ _SPEC = (
     "int? ignore_index, float label_smoothing, float z_loss, float? softcap, float logit_scale, "
     "str implementation, int? vocab_start, int? total_classes"
 )
-_library = torch.library.Library("ce_kernels", "DEF")
+_library = library.Library("ce_kernels", "DEF")
 _library.define(
     f"row_statistics(Tensor logits, Tensor target, Tensor? weight, bool with_argmax, {_SPEC}) "
     "-> (Tensor loss, Tensor lse, Tensor target_sum, Tensor predicted)"
@@ -81,13 +81,13 @@ _library.impl("row_statistics", _row_statistics, "CompositeExplicitAutograd")
 _library.impl("row_gradients", _row_gradients, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("ce_kernels::row_statistics", lib=_library)
+@library.register_fake("ce_kernels::row_statistics", lib=_library)
 def _(logits, target, weight, with_argmax, *scalars):
     loss, lse, target_sum = (logits.new_empty(logits.shape[:-1], dtype=compute_dtype(logits)) for _ in range(3))
     predicted = loss.new_empty(loss.shape if with_argmax else 0, dtype=torch.int32)
     return loss, lse, target_sum, predicted
 
 
-@torch.library.register_fake("ce_kernels::row_gradients", lib=_library)
+@library.register_fake("ce_kernels::row_gradients", lib=_library)
 def _(logits, target, weight, lse, target_sum, dloss, dlse, with_dtarget, *scalars):
     return logits.new_empty(logits.shape), target.new_empty(target.shape if with_dtarget else 0)
