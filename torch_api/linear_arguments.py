@@ -11,7 +11,7 @@ from ce_kernels.checks import Facts, check_target, check_weight
 from ce_kernels.linear import check_chunking, check_linear
 from ce_kernels.spec import fail
 from torch_api import tracing
-from torch_api.arguments import divisor
+from torch_api.arguments import divisor, facts_of
 from torch_api.launch import choose_implementation
 from torch_api.linear_chunks import Head, Static
 from torch_api.reference import compute_dtype, is_ignored
@@ -34,12 +34,16 @@ def checked_head(head: Head, options: Options, choices: LinearChoices) -> tuple[
     """The user's arrays, checked, as rows; and what is known without data."""
     check_chunking(choices.max_logits_bytes, choices.accumulation)
     _check_plain(head)
-    hidden, weight, labels = _facts("hidden", head.hidden), _facts("weight", head.weight), _facts("labels", head.target)
-    n_classes = check_linear(hidden, weight, None if head.bias is None else _facts("bias", head.bias), 0)
+    hidden, weight, labels = (
+        facts_of("hidden", head.hidden),
+        facts_of("weight", head.weight),
+        facts_of("labels", head.target),
+    )
+    n_classes = check_linear(hidden, weight, None if head.bias is None else facts_of("bias", head.bias), 0)
     logits = Facts("hidden @ weight.T", (*hidden.shape[:-1], n_classes), hidden.dtype)
     soft = check_target(logits, labels, len(logits.shape) - 1, options)
     if head.class_weight is not None:
-        check_weight(_facts("class_weight", head.class_weight), n_classes)
+        check_weight(facts_of("class_weight", head.class_weight), n_classes)
         if head.class_weight.requires_grad and torch.is_grad_enabled():
             passed = "class_weight that requires a gradient"
             fail(ValueError, passed, "class weights that are not trained", "class_weight.detach()")
@@ -50,7 +54,7 @@ def checked_head(head: Head, options: Options, choices: LinearChoices) -> tuple[
     if not soft:
         # Narrow and unsigned integers cannot hold a negative ignore_index.
         target = target if target.dtype in (torch.int32, torch.int64) else target.long()
-        options = options.for_labels(_facts("labels", target).dtype)
+        options = options.for_labels(facts_of("labels", target).dtype)
     rows = head._replace(
         hidden=head.hidden.reshape(n_rows, hidden.shape[-1]),
         target=target,
@@ -97,7 +101,7 @@ def _logits_dtype(head: Head) -> torch.dtype:
         return torch.get_autocast_dtype(device)
     for name, x in (("weight", head.weight), ("bias", head.bias)):
         if x is not None and x.dtype != head.hidden.dtype:
-            passed = f"{_facts(name, x)} with {_facts('hidden', head.hidden)}"
+            passed = f"{facts_of(name, x)} with {facts_of('hidden', head.hidden)}"
             fail(TypeError, passed, "one dtype, or autocast", f"{name}.to(hidden.dtype)")
     return head.hidden.dtype
 
@@ -128,7 +132,3 @@ def _label_mass(inputs: Inputs, static: Static) -> Tensor:
     whole = _functional_collectives.all_reduce(own, "sum", static.group)  # pyright: ignore[reportArgumentType]
     valid = (inputs.target >= 0) & (inputs.target < spec.total_classes)
     return torch.where(is_ignored(inputs, spec.options), 0.0, torch.where(valid, whole, 1.0))
-
-
-def _facts(name: str, value: Tensor) -> Facts:
-    return Facts(name, tuple(value.shape), str(value.dtype).removeprefix("torch."))
