@@ -160,7 +160,7 @@ def test_operators_are_what_they_say(dtype):
     logits, labels = problem(dtype=dtype)
     logits = logits.detach()
     for implementation in ("reference", "triton"):
-        scalars = ops._scalars(RowSpec(Options(**OPTIONS), implementation))
+        scalars = ops.flat_spec(RowSpec(Options(**OPTIONS), implementation))
         for target in (labels, logits.softmax(-1)):
             statistics = (logits, target, torch.rand(40, device=DEVICE), True, *scalars)
             library.opcheck(torch.ops.ce_kernels.row_statistics, statistics)

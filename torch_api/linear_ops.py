@@ -3,21 +3,16 @@
 An operation's outputs are tensors: an empty one stands for what is not wanted.
 """
 
-from dataclasses import astuple
-
 import torch
 from torch import Tensor, library
 
-from ce_kernels import Options
 from torch_api import linear_chunks
 from torch_api.linear_chunks import Head, Static, row_outputs
-from torch_api.rows import RowSpec, Upstream
+from torch_api.ops import SPEC, flat_spec, spec_of
+from torch_api.rows import Upstream
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight"
-_STATIC = (
-    "int? ignore_index, float label_smoothing, float z_loss, float? softcap, float logit_scale, str implementation, "
-    "int? vocab_start, int? total_classes, int max_logits_bytes, str accumulation, ScalarType dtype, str? group"
-)
+_STATIC = f"{SPEC}, int max_logits_bytes, str accumulation, ScalarType dtype, str? group"
 _ROWS, _GRADIENTS = "Tensor loss, Tensor lse, Tensor target_sum", "Tensor dhidden, Tensor dweight, Tensor dbias"
 _UPSTREAM = "Tensor lse, Tensor target_sum, Tensor dloss, Tensor? dlse"
 _SCHEMAS = (
@@ -49,12 +44,11 @@ def linear_grad(
 
 def _flat(static: Static) -> tuple:
     """In the types of a schema."""
-    options, *rest = static.spec.options, *astuple(static.spec)[1:]
-    return *astuple(options), *rest, *static[1:]
+    return *flat_spec(static.spec), *static[1:]
 
 
 def _static(flat: tuple) -> Static:
-    return Static(RowSpec(Options(*flat[:5]), *flat[5:8]), *flat[8:])
+    return Static(spec_of(*flat[:8]), *flat[8:])
 
 
 def _stats(*arguments):

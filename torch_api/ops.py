@@ -11,24 +11,25 @@ from torch_api import launch
 from torch_api.reference import compute_dtype
 from torch_api.rows import Inputs, RowSpec, Stats, Upstream
 
-_SPEC = (
+# A RowSpec in a schema.
+SPEC = (
     "int? ignore_index, float label_smoothing, float z_loss, float? softcap, float logit_scale, "
     "str implementation, int? vocab_start, int? total_classes"
 )
 _library = library.Library("ce_kernels", "DEF")
 _library.define(
-    f"row_statistics(Tensor logits, Tensor target, Tensor? weight, bool with_argmax, {_SPEC}) "
+    f"row_statistics(Tensor logits, Tensor target, Tensor? weight, bool with_argmax, {SPEC}) "
     "-> (Tensor loss, Tensor lse, Tensor target_sum, Tensor predicted)"
 )
 _library.define(
     "row_gradients(Tensor logits, Tensor target, Tensor? weight, Tensor lse, Tensor target_sum, Tensor dloss, "
-    f"Tensor? dlse, bool with_dtarget, {_SPEC}) -> (Tensor dlogits, Tensor dtarget)"
+    f"Tensor? dlse, bool with_dtarget, {SPEC}) -> (Tensor dlogits, Tensor dtarget)"
 )
 
 
 def stats(inputs: Inputs, spec: RowSpec, *, with_argmax: bool) -> Stats:
     """As `launch.stats`."""
-    out = torch.ops.ce_kernels.row_statistics(*inputs, with_argmax, *_scalars(spec))
+    out = torch.ops.ce_kernels.row_statistics(*inputs, with_argmax, *flat_spec(spec))
     return Stats(out[0], out[1], out[2], out[3] if with_argmax else None)
 
 
@@ -37,11 +38,12 @@ def grad(
 ) -> tuple[Tensor, Tensor | None]:
     """As `launch.grad`; donation is refused before anything is traced."""
     assert not donate
-    dlogits, dtarget = torch.ops.ce_kernels.row_gradients(*inputs, *upstream, with_dtarget, *_scalars(spec))
+    dlogits, dtarget = torch.ops.ce_kernels.row_gradients(*inputs, *upstream, with_dtarget, *flat_spec(spec))
     return dlogits, dtarget if with_dtarget else None
 
 
-def _scalars(spec: RowSpec) -> tuple:
+def flat_spec(spec: RowSpec) -> tuple:
+    """In the types of SPEC."""
     o = spec.options
     return (
         o.ignore_index,
@@ -55,20 +57,23 @@ def _scalars(spec: RowSpec) -> tuple:
     )
 
 
-def _spec(ignore_index, label_smoothing, z_loss, softcap, logit_scale, implementation, vocab_start, total_classes):
+def spec_of(ignore_index, label_smoothing, z_loss, softcap, logit_scale, implementation, vocab_start, total_classes):
+    """What `flat_spec` was given."""
     options = Options(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     return RowSpec(options, implementation, vocab_start, total_classes)
 
 
 def _row_statistics(logits, target, weight, with_argmax, *scalars):
-    out = launch.stats(Inputs(logits, target, weight), _spec(*scalars), with_argmax=with_argmax)
+    out = launch.stats(Inputs(logits, target, weight), spec_of(*scalars), with_argmax=with_argmax)
     predicted = _nothing(logits, torch.int32) if out.predicted is None else out.predicted
     return out.loss, out.lse, out.target_sum, predicted
 
 
 def _row_gradients(logits, target, weight, lse, target_sum, dloss, dlse, with_dtarget, *scalars):
     upstream = Upstream(lse, target_sum, dloss, dlse)
-    dlogits, dtarget = launch.grad(Inputs(logits, target, weight), upstream, _spec(*scalars), with_dtarget=with_dtarget)
+    dlogits, dtarget = launch.grad(
+        Inputs(logits, target, weight), upstream, spec_of(*scalars), with_dtarget=with_dtarget
+    )
     return dlogits.contiguous(), _nothing(logits, target.dtype) if dtarget is None else dtarget.contiguous()
 
 
