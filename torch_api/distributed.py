@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroup, get_rank, get_world_size
 from ce_kernels.spec import fail
 from torch_api import donation, launch, ops, tracing
 from torch_api.arguments import Choices, checked, checked_denominator
-from torch_api.reference import is_ignored
+from torch_api.reference import counted_weights, is_ignored, label_weights
 from torch_api.rows import Inputs, Reducing, RowSpec, Stats, Upstream
 from torch_api.rules import check_donation, taken
 
@@ -147,9 +147,7 @@ def _gathered(inputs: Inputs, own: Stats, shards: Shards) -> Tensor:
     logits, target, weight = inputs
     vectors = [own.loss, own.lse, own.target_sum]
     if weight is not None and not target.is_floating_point():
-        column = target.long() - shards.start
-        inside = (column >= 0) & (column < logits.shape[-1])
-        vectors.append(torch.where(inside, weight.to(own.loss.dtype)[torch.where(inside, column, 0)], 0.0))
+        vectors.append(label_weights(inputs, shards.start, own.loss.dtype))
     if own.predicted is not None:
         best = logits.gather(-1, own.predicted.long()[..., None]).squeeze(-1)
         vectors += [best.to(own.loss.dtype), own.predicted.to(own.loss.dtype)]
@@ -185,11 +183,10 @@ def _merge(gathered: Tensor, inputs: Inputs, spec: RowSpec, shards: Shards, with
     if not shards.sizes_are_known:
         row_loss = _checked_sizes(row_loss, vectors[-1], inputs)
     row_loss = torch.where(ignored, 0.0, torch.where(target_sum.isnan(), torch.nan, row_loss))
-    label_weight = torch.ones_like(row_loss)
     if weighted:
-        valid = (inputs.target >= 0) & (inputs.target < shards.total_classes)
-        label_weight = torch.where(valid, vectors[3].sum(0), 1.0)
-    label_weight = torch.where(ignored, 0.0, label_weight)
+        label_weight = counted_weights(vectors[3].sum(0), inputs, spec.options, shards.total_classes)
+    else:
+        label_weight = torch.where(ignored, 0.0, torch.ones_like(row_loss))
     if not with_argmax:
         return Stats(row_loss, torch.where(ignored, 0.0, whole), target_sum), label_weight
     best, column = vectors[3 + weighted], vectors[4 + weighted]

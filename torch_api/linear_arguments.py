@@ -14,7 +14,7 @@ from torch_api import tracing
 from torch_api.arguments import divisor, facts_of
 from torch_api.launch import choose_implementation
 from torch_api.linear_chunks import Head, Static
-from torch_api.reference import compute_dtype, is_ignored
+from torch_api.reference import compute_dtype, counted_weights, label_weights
 from torch_api.rows import Inputs, RowSpec
 
 if TYPE_CHECKING:
@@ -122,13 +122,9 @@ def _label_mass(inputs: Inputs, static: Static) -> Tensor:
     """The weight of every row's label, wherever in the sharded vocabulary it is; 0 for rows that are ignored."""
     from torch.distributed import _functional_collectives
 
-    spec, weight = static.spec, inputs.weight
-    assert weight is not None
+    spec = static.spec
     assert spec.vocab_start is not None
     assert spec.total_classes is not None
-    column = inputs.target.long() - spec.vocab_start
-    inside = (column >= 0) & (column < len(weight))
-    own = torch.where(inside, weight.to(compute_dtype(inputs.logits))[torch.where(inside, column, 0)], 0.0)
+    own = label_weights(inputs, spec.vocab_start, compute_dtype(inputs.logits))
     whole = _functional_collectives.all_reduce(own, "sum", static.group)  # pyright: ignore[reportArgumentType]
-    valid = (inputs.target >= 0) & (inputs.target < spec.total_classes)
-    return torch.where(is_ignored(inputs, spec.options), 0.0, torch.where(valid, whole, 1.0))
+    return counted_weights(whole, inputs, spec.options, spec.total_classes)

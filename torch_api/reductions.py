@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from torch_api import launch, tracing
-from torch_api.reference import is_ignored
+from torch_api.reference import counted_weights, label_weights
 from torch_api.rows import Inputs, RowSpec
 
 # One program sums this many rows in about the time of a launch.
@@ -40,11 +40,7 @@ def label_mass(inputs: Inputs, spec: RowSpec, dtype: torch.dtype) -> Tensor:
         return out
     if weight is None:
         return (target != ignore_index).sum(dtype=dtype)
-    label = target.long()
-    valid = (label >= 0) & (label < len(weight))
-    # An invalid label makes the mean NaN by its loss; counted as 1, it leaves the other rows' gradients finite.
-    mass = torch.where(valid, weight.to(dtype)[torch.where(valid, label, 0)], 1.0)
-    return torch.where(is_ignored(inputs, spec.options), 0.0, mass).sum()
+    return counted_weights(label_weights(inputs, 0, dtype), inputs, spec.options, len(weight)).sum()
 
 
 def _few(rows: Tensor, spec: RowSpec) -> bool:

@@ -109,6 +109,23 @@ def is_ignored(inputs: Inputs, options: Options) -> Tensor:
     return target == options.ignore_index
 
 
+def label_weights(inputs: Inputs, start: int, dtype: torch.dtype) -> Tensor:
+    """The class weight of every row's label, 0 where it is none of the classes that weight has, from `start` on."""
+    assert inputs.weight is not None
+    column = inputs.target.long() - start
+    inside = (column >= 0) & (column < len(inputs.weight))
+    return torch.where(inside, inputs.weight.to(dtype)[torch.where(inside, column, 0)], 0.0)
+
+
+def counted_weights(found: Tensor, inputs: Inputs, options: Options, n_classes: int) -> Tensor:
+    """What each row adds to the divisor of `mean`, from its label's weight: 0 where it is ignored, 1 if invalid.
+
+    An invalid label makes the mean NaN by its loss; counted as 1, it leaves the other rows' gradients finite.
+    """
+    valid = (inputs.target >= 0) & (inputs.target < n_classes)
+    return torch.where(is_ignored(inputs, options), 0.0, torch.where(valid, found, 1.0))
+
+
 class _Label(NamedTuple):
     """Of each row's hard label: its column, its x, its own mass in q; whether it is ignored, whether it is invalid."""
 
