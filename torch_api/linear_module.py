@@ -97,16 +97,4 @@ class LinearCrossEntropyLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The options that differ from their defaults."""
-        defaults = {
-            "ignore_index": -100,
-            "reduction": "mean",
-            "label_smoothing": 0.0,
-            "z_loss": 0.0,
-            "softcap": None,
-            "logit_scale": 1.0,
-            "denominator": None,
-            "max_logits_bytes": MAX_LOGITS_BYTES,
-            "accumulation": "float32",
-            "implementation": None,
-        }
-        return changed_options(self, defaults)
+        return changed_options(self, LinearCrossEntropyLoss)

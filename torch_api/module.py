@@ -1,5 +1,6 @@
 """The module form of `torch_api.cross_entropy`."""
 
+import inspect
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -88,23 +89,10 @@ class CrossEntropyLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The options that differ from their defaults."""
-        defaults = {
-            "ignore_index": -100,
-            "reduction": "mean",
-            "label_smoothing": 0.0,
-            "z_loss": 0.0,
-            "softcap": None,
-            "logit_scale": 1.0,
-            "denominator": None,
-            "dim": None,
-            "implementation": None,
-            "donate_logits": False,
-        }
-        return changed_options(self, defaults)
+        return changed_options(self, CrossEntropyLoss)
 
 
-def changed_options(module: nn.Module, defaults: dict[str, object]) -> str:
-    """The attributes of a module that differ from their defaults, as its repr shows them."""
-    return ", ".join(
-        f"{name}={getattr(module, name)!r}" for name, default in defaults.items() if getattr(module, name) != default
-    )
+def changed_options(module: nn.Module, kind: type[nn.Module]) -> str:
+    """What a module's repr shows: the keyword arguments of its kind that differ from their defaults."""
+    keywords = [p for p in inspect.signature(kind).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return ", ".join(f"{p.name}={getattr(module, p.name)!r}" for p in keywords if getattr(module, p.name) != p.default)
