@@ -36,12 +36,13 @@ def _block_sparse_matmul(
     A_INNER: tl.constexpr,
     N_BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """One tile of out = a @ b: BLOCK rows of a, whose inner blocks `blocks` count, and BLOCK columns of b."""
+    """One tile of out = a @ b: BLOCK rows of a, whose inner blocks `blocks` count, and COLUMNS columns of b."""
     row, column = tl.program_id(1), tl.program_id(0)
     rows = (row * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    columns = column * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK, BLOCK], tl.float32)
+    columns = column * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([BLOCK, COLUMNS], tl.float32)
     for i in tl.range(0, tl.load(counts_ptr + row)):  # pyright: ignore[reportGeneralTypeIssues]
         inner = (tl.load(blocks_ptr + row * N_BLOCKS + i) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
         a = tl.load(a_ptr + rows[:, None] * A_ROW + inner[None, :] * A_INNER)
@@ -56,7 +57,8 @@ def block_sparse_matmul(a: Tensor, b: Tensor, counted: Tensor) -> Tensor:
     blocks = counted.to(torch.int8).argsort(dim=1, descending=True, stable=True).int()
     counts = counted.sum(1, dtype=torch.int32)
     out = torch.empty(len(a), b.shape[1], device=a.device, dtype=b.dtype)
-    grid = (b.shape[1] // BLOCK, len(a) // BLOCK)
+    columns = min(256, b.shape[1])
+    grid = (b.shape[1] // columns, len(a) // BLOCK)
     _block_sparse_matmul[grid](
         a,
         b,
@@ -68,6 +70,7 @@ def block_sparse_matmul(a: Tensor, b: Tensor, counted: Tensor) -> Tensor:
         A_INNER=a.stride(1),
         N_BLOCKS=counted.shape[1],
         BLOCK=BLOCK,
+        COLUMNS=columns,
         num_warps=8,  # pyright: ignore[reportCallIssue]
         num_stages=3,  # pyright: ignore[reportCallIssue]
     )

@@ -1,5 +1,6 @@
 """Device time, interleaved and from rotating buffers, and the refusal to time a wrong result."""
 
+import functools
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping
@@ -8,13 +9,15 @@ from pathlib import Path
 import torch
 
 Timing = dict[str, float]
+ROTATED_BYTES = 2**28  # several times the L2 cache
 
 
 def interleaved[K](functions: Mapping[K, Callable[[int], object]], repeats: int = 15) -> dict[K, Timing]:
     """Device milliseconds of every function on torch's stream, by CUDA events: median, and the quartiles around it.
 
     All functions take turns, so that a clock that drifts drifts for all. Each gets the number of its turn, to rotate
-    buffers by. The device sleeps before every call, so that the host is ahead and its time does not count.
+    buffers by. The device sleeps before every call, so that the host is ahead and its time does not count; then it
+    clears its caches, so that none waits for what the one before has not yet written back.
     """
     for function in functions.values():
         for turn in range(3):
@@ -24,12 +27,23 @@ def interleaved[K](functions: Mapping[K, Callable[[int], object]], repeats: int 
         for name, function in functions.items():
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             torch.cuda._sleep(4_000_000)  # cycles: about 2 ms
+            clear_caches()
             start.record()
             function(turn)
             stop.record()
             pairs[name].append((start, stop))
     torch.cuda.synchronize()
     return {name: summary([a.elapsed_time(b) for a, b in events]) for name, events in pairs.items()}
+
+
+@functools.cache
+def _clean_memory() -> torch.Tensor:
+    return torch.zeros(ROTATED_BYTES // 4, device="cuda")
+
+
+def clear_caches() -> None:
+    """Fills the L2 cache with lines that need not be written back."""
+    _clean_memory().sum()
 
 
 def summary(times: list[float]) -> Timing:
@@ -56,6 +70,8 @@ def jax_ms(function: Callable[[object], object], inputs: list) -> Timing:
     jax.block_until_ready(function(inputs.pop()))
     times = []
     for value in inputs:
+        clear_caches()
+        torch.cuda.synchronize()
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):
                 jax.block_until_ready(function(value))
