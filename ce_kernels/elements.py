@@ -17,9 +17,18 @@ import math
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 LOG2E = tl.constexpr(math.log2(math.e))
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def overlap(OVERLAPPED: tl.constexpr):
+    """Waits for the launch before, which may still run, and lets the next one begin, which will wait for this one."""
+    if OVERLAPPED:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -78,16 +87,13 @@ def transform(r, logit_scale, softcap):
         x = x * logit_scale
         slope = slope * logit_scale
     if softcap is not None:
-        # exp of a non-positive number only: no overflow, and sech² keeps its relative precision where tanh saturates.
-        e = power(-tl.abs(x) * (2.0 * per_nat_of(x.dtype) / softcap))
+        # tanh y = 2w − 1 and sech² y = 4·e·w², which keeps its relative precision where tanh saturates; e stays finite.
+        e = power(tl.minimum(x * (-2.0 * per_nat_of(x.dtype) / softcap), 126.0, propagate_nan=tl.PropagateNan.ALL))
         w = reciprocal(1.0 + e)
-        slope = slope * (4.0 * e * w * w)
-        tanh = (1.0 - e) * w
-        x = softcap * tl.where(x < 0, -tanh, tanh)
+        slope = slope * (4.0 * (e * w) * w)
+        x = tl.fma(w, 2.0 * softcap, -softcap)
     if logit_scale is not None or softcap is not None:
-        masked = r == float("-inf")
-        x = tl.where(masked, float("-inf"), x)
-        slope = tl.where(masked, 0.0, slope)
+        x = tl.where(r == float("-inf"), float("-inf"), x)
     return x, slope
 
 
@@ -111,11 +117,11 @@ def row_target(
 ):
     """A hard label's column in [begin, end) of this slice, its mass in q, its x; is it ignored, is it invalid.
 
-    The column is −2³¹ where the label is elsewhere. Soft targets have no label: all their mass is spread.
+    The column is −2³⁰ where the label is elsewhere. Soft targets have no label: all their mass is spread.
     """
     if SOFT_TARGETS:
         zero = tl.cast(0.0, DTYPE)
-        return tl.cast(-(2**31), tl.int32), zero, zero, row < 0, row < 0
+        return tl.cast(-(2**30), tl.int32), zero, zero, row < 0, row < 0
     label = tl.load(target_ptr + row).to(tl.int64)
     column = label
     if vocab_start_ptr is not None:
@@ -133,7 +139,7 @@ def row_target(
     if ignore_index is not None:
         ignored = label == ignore_index
     invalid = (label < 0) | (label >= TOTAL_CLASSES)
-    return tl.where(inside, column, -(2**31)).to(tl.int32), mass, x, ignored, invalid
+    return tl.where(inside, column, -(2**30)).to(tl.int32), mass, x, ignored, invalid
 
 
 @triton.jit

@@ -16,7 +16,7 @@ This module imports triton, so nothing but a launch may import it.
 import triton
 import triton.language as tl
 
-from ce_kernels.elements import aligned, mask_of, row_offset, row_target, scalar, uniform_mass
+from ce_kernels.elements import aligned, mask_of, overlap, row_offset, row_target, scalar, uniform_mass
 from ce_kernels.passes import (
     row_statistics,
     store_block,
@@ -54,6 +54,7 @@ def cross_entropy_stats_kernel(
     GROUP: tl.constexpr,
     SHIFTED: tl.constexpr,
     UNROLL: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):
     """One program: loss, lse and s = Σq of one row; with predicted_ptr its argmax, and lse of ignored rows too.
 
@@ -62,6 +63,7 @@ def cross_entropy_stats_kernel(
     """
     DTYPE: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
     WITH_ARGMAX: tl.constexpr = predicted_ptr is not None
+    overlap(OVERLAPPED)
     row = tl.program_id(0).to(tl.int64)
     offset = row_offset(row, LOGITS_STRIDE, rows_inner, logits_outer_stride)
     start, shift = aligned(offset, GROUP, SHIFTED)
@@ -204,6 +206,7 @@ def cross_entropy_fused_kernel(
     WIDE_STORES: tl.constexpr,
     UNROLL: tl.constexpr,
     BACKWARDS: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):
     """One program: statistics, then gradient of one row whose upstream gradient, 1 / denominator, is known beforehand.
 
@@ -216,6 +219,7 @@ def cross_entropy_fused_kernel(
     FIRST: tl.constexpr = BLOCK if SHIFTED and N_CLASSES >= BLOCK else 0
     FULL: tl.constexpr = N_CLASSES // BLOCK * BLOCK
     END: tl.constexpr = N_CLASSES + (GROUP - 1 if SHIFTED else 0)
+    overlap(OVERLAPPED)
     row = tl.program_id(0).to(tl.int64)
     alpha = scalar(label_smoothing, DTYPE, SCALARS_IN_MEMORY)
     z_weight = scalar(z_loss, DTYPE, SCALARS_IN_MEMORY)
@@ -282,11 +286,14 @@ def cross_entropy_fused_kernel(
 
 
 @triton.jit(do_not_specialize=["n"])
-def mean_kernel(values_ptr, divisor_ptr, out_ptr, n, SUM_DIVISOR: tl.constexpr, BLOCK: tl.constexpr):
+def mean_kernel(
+    values_ptr, divisor_ptr, out_ptr, n, SUM_DIVISOR: tl.constexpr, BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr
+):
     """One program in all: Σ values / divisor, or with SUM_DIVISOR Σ values / Σ divisors, over n rows.
 
     Bytes: the row vectors once. Algorithm: sums per lane, then over lanes; the same order every time.
     """
+    overlap(OVERLAPPED)
     values = tl.zeros([BLOCK], values_ptr.dtype.element_ty)
     divisors = tl.zeros([BLOCK], values_ptr.dtype.element_ty)
     for start in tl.range(0, n, BLOCK):
@@ -299,11 +306,14 @@ def mean_kernel(values_ptr, divisor_ptr, out_ptr, n, SUM_DIVISOR: tl.constexpr, 
 
 
 @triton.jit(do_not_specialize=["ignore_index", "n", "n_classes"])
-def divisor_kernel(target_ptr, weight_ptr, ignore_index, out_ptr, n, n_classes, BLOCK: tl.constexpr):
+def divisor_kernel(
+    target_ptr, weight_ptr, ignore_index, out_ptr, n, n_classes, BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr
+):
     """One program in all: Σ of the labels' class weights (1 each without them) over n labels that are not ignore_index.
 
     An invalid label, whose loss is NaN, counts as 1. Bytes: the labels once. Algorithm: as in `mean_kernel`.
     """
+    overlap(OVERLAPPED)
     total = tl.zeros([BLOCK], out_ptr.dtype.element_ty)
     for start in tl.range(0, n, BLOCK):
         rows = start + tl.arange(0, BLOCK)
@@ -320,8 +330,9 @@ def divisor_kernel(target_ptr, weight_ptr, ignore_index, out_ptr, n, n_classes, 
 
 
 @triton.jit
-def scale_kernel(values_ptr, scale_ptr, n, BLOCK: tl.constexpr):
+def scale_kernel(values_ptr, scale_ptr, n, BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr):
     """Multiplies n values in place by one device scalar; a scalar of 1 costs only the launch."""
+    overlap(OVERLAPPED)
     scale = tl.load(scale_ptr)
     if scale != 1:
         first = tl.program_id(0).to(tl.int64) * BLOCK

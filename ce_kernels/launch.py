@@ -23,6 +23,8 @@ class Problem:
     dlogits_stride None means n_classes.
     `aligned`: the logits' first element lies on a 16-byte boundary, so that whole groups of 16 bytes may be read.
     `clusters`: one program may span several multiprocessors; `has_clusters` says where.
+    `softcap`: there is one, and its arithmetic takes longer than the memory. `overlapped`: a launch may begin while the
+    one before it ends, and kernels wait for that (programmatic dependent launch); `has_overlap` says where.
     """
 
     n_rows: int
@@ -38,6 +40,8 @@ class Problem:
     dlogits_outer_stride: int | None = None
     aligned: bool = True
     clusters: bool = False
+    softcap: bool = False
+    overlapped: bool = False
 
     @property
     def itemsize(self) -> int:
@@ -80,6 +84,11 @@ class Problem:
         return self.logits_dtype == "float64"
 
 
+def _signals_cheaply(problem: Problem) -> bool:
+    # Programs let the next launch begin one after the other, two in a nanosecond: too slow for many short rows.
+    return problem.n_rows <= 2048 or problem.row_bytes > 8192
+
+
 def _levels(stride: int, outer_stride: int | None) -> tuple[int, ...]:
     return (stride,) if outer_stride is None else (stride, outer_stride)
 
@@ -90,6 +99,11 @@ def has_clusters(capability: int) -> bool:
     Triton 3.7 fails to compile reductions over them.
     """
     return capability >= 90 and _triton_version() >= (3, 8)
+
+
+def has_overlap(capability: int) -> bool:
+    """Whether launches may overlap on a GPU of compute capability 90, 100, …"""
+    return capability >= 90
 
 
 @lru_cache
@@ -136,6 +150,9 @@ class Launch:
         }
         if self.config.max_registers is not None:
             options["maxnreg"] = self.config.max_registers
+        if self.kernel.endswith("fused_kernel") and dict(self.constants)["OVERLAPPED"]:
+            # Right behind the launch that counts its labels.
+            options["launch_pdl"] = True
         return options
 
 
@@ -216,6 +233,7 @@ def _plan(
         programs *= constants["BLOCKS_PER_ROW"]
     else:
         constants["UNROLL"] = config.unroll
+        constants["OVERLAPPED"] = problem.overlapped and _signals_cheaply(problem)
     if kernel != "stats":
         constants["DLOGITS_STRIDE"] = problem.dlogits_stride or problem.n_classes
         constants["WIDE_STORES"] = problem.wide_stores(in_place)

@@ -32,32 +32,35 @@ class Config:
 FUSED = (
     (2 * 1024, Config(1024, 1)),  # 65536×1000: 1.07, 1.09
     (2 * 4096, Config(1024, 2, unroll=2)),  # 65536×2048: 1.02, 1.07; 32768×4096: 1.06, 1.11
-    (2 * 16384, Config(2048, 4, unroll=2)),  # 16384×8192: 1.05, 1.10
-    (2 * 40000, Config(8192, 16, unroll=2, backwards=True)),  # 8192×32000: 1.10, 1.09
-    (2 * 65536, Config(8192, 32, unroll=4, max_registers=32)),  # 8192×50304: 1.12, 1.13
-    # Without clusters; 4096×128256: 1.30, 1.27; 4096×151936: 1.39, 1.41.
-    (None, Config(16384, 32, backwards=True, max_registers=32)),
+    (2 * 12288, Config(2048, 4, unroll=2)),  # 16384×8192: 1.06, 1.07
+    (2 * 20480, Config(4096, 8, unroll=4, backwards=True)),  # 16384×16384: 1.05, 1.06
+    (2 * 40000, Config(8192, 16, unroll=2, backwards=True)),  # 8192×32000: 1.03, 1.06
+    (2 * 57344, Config(8192, 32, unroll=4, max_registers=32)),  # 8192×50304: 1.10, 1.12
+    (2 * 65536, Config(16384, 32, unroll=4, max_registers=32)),  # 4096×65536: 1.03, 1.09
+    # Without clusters; 4096×128256: 1.29, 1.29; 4096×151936: 1.32, 1.34; with a soft cap 4096×128256: 1.90.
+    (None, Config(16384, 32, unroll=2, backwards=True, max_registers=32)),
 )
-# Rows that start between 16-byte boundaries take registers of their own. 8192×50257: 1.30, 1.36.
-FUSED_SHIFTED = (*FUSED[:3], *FUSED[4:])
+# Rows that start between 16-byte boundaries take registers of their own. 8192×50257: 1.20, 1.19.
+FUSED_SHIFTED = (*FUSED[:4], (2 * 65536, Config(4096, 16, unroll=5, max_registers=48)), FUSED[-1])
+# Rows of logits and rows of soft targets: of reading both and writing one. 8192×32000: 1.10.
+FUSED_SOFT = (*FUSED[:3], (2 * 65536, Config(8192, 16, unroll=2, max_registers=64)), FUSED[-1])
 # A row spread over neighbouring multiprocessors: fewer rows in flight, so that the second read finds them in L2.
 FUSED_CLUSTERS = (
-    (2 * 140000, Config(32768, 8, 8, unroll=2, max_registers=40)),  # 4096×128256: 1.26, 1.34
-    (2 * 200000, Config(32768, 8, 8, unroll=2, backwards=True, max_registers=40)),  # 4096×151936: 1.24, 1.33
-    (2 * 400000, Config(65536, 8, 8, unroll=2, backwards=True, max_registers=64)),  # 2048×262144: 1.29, 1.37
+    (2 * 200000, Config(32768, 8, 8, unroll=2, backwards=True, max_registers=40)),  # 128256, 151936: 1.26, 1.25
+    (2 * 400000, Config(65536, 8, 8, unroll=2, backwards=True, max_registers=64)),  # 2048×262144: 1.28, 1.25
     (None, Config(65536, 16, 8, unroll=3, backwards=True, max_registers=64)),  # 1024×524288: 1.43; 512×1048576: 1.48
 )
-# Rows of logits and rows of soft targets. 4096×128256: 1.48 of reading both and writing one.
-FUSED_CLUSTERS_SOFT = ((None, Config(32768, 8, 4, unroll=2, backwards=True, max_registers=80)),)
+FUSED_CLUSTERS_SOFT = ((None, Config(32768, 8, 4, unroll=2, backwards=True, max_registers=80)),)  # 4096×128256: 1.47
 STATS = (
     (2 * 1024, Config(1024, 1)),  # 65536×1000: 0.92 of a training step's copy
     (2 * 16384, Config(1024, 4)),  # 16384×8192: 0.50
-    (None, Config(4096, 8, unroll=2)),  # 8192×32000: 0.50; 8192×50257: 0.50; 8192×50304: 0.49; 4096×128256: 0.49
+    (2 * 200000, Config(2048, 4)),  # 8192×32000: 0.49; 8192×50257: 0.50; 4096×128256: 0.48
+    (None, Config(4096, 16)),  # 2048×262144: 0.48
 )
 STATS_FEW_ROWS = ((None, Config(16384, 8, 8)),)  # 32×128256
 GRAD = (
     (2 * 1024, Config(1024, 1)),
-    (None, Config(2048, 4)),  # 16384×8192: 1.01; 8192×32000: 1.05; 8192×50257: 1.17; 4096×128256: 1.05
+    (None, Config(2048, 2)),  # 16384×8192: 1.05; 8192×32000: 1.04; 8192×50257: 1.14; 4096×128256: 1.04
 )
 # Rows from which clusters are worth their barriers, in bytes; fewer rows than this leave multiprocessors idle.
 LONG_ROW, FEW_ROWS = 2 * 65536, 132
@@ -68,8 +71,11 @@ def choose(kernel: str, problem: Problem) -> Config:
     row_bytes = problem.row_bytes
     long = problem.clusters and row_bytes > LONG_ROW
     if kernel == "fused":
-        clusters = FUSED_CLUSTERS_SOFT if problem.soft_targets else FUSED_CLUSTERS
-        table = clusters if long else FUSED_SHIFTED if problem.shifted else FUSED
+        alone, clusters = (FUSED_SHIFTED if problem.shifted else FUSED), FUSED_CLUSTERS
+        if problem.soft_targets:
+            alone, clusters = FUSED_SOFT, FUSED_CLUSTERS_SOFT
+        # Clusters save bandwidth, which a soft cap does not use up.
+        table = clusters if long and not problem.softcap else alone
     elif kernel == "stats":
         table = STATS_FEW_ROWS if long and problem.n_rows <= FEW_ROWS else STATS
     else:

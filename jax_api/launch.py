@@ -27,7 +27,7 @@ def stats(static: Static, logits: Array, target: Array, weight: Array | None, pa
     """Per-row statistics: one read of the logits."""
 
     def kernel(logits, target, weight, start):
-        launch = plan_stats(_problem(logits, target, part), with_argmax=static.with_argmax)
+        launch = plan_stats(_problem(logits, target, part, static.options), with_argmax=static.with_argmax)
         operands = {"logits_ptr": logits, "target_ptr": target, "weight_ptr": weight, "vocab_start_ptr": start}
         out = _run(launch, static.options, operands)
         return Stats(out["loss_ptr"], out["lse_ptr"], out["target_sum_ptr"], out.get("predicted_ptr"))
@@ -50,7 +50,7 @@ def grad(
 
     def kernel(logits, target, weight, start, upstream):
         launch = plan_grad(
-            _problem(logits, target, part),
+            _problem(logits, target, part, static.options),
             dloss_stride=1,
             dlse_stride=0 if upstream.dlse is None else 1,
             dtarget_dtype=target.dtype.name if reference.is_soft(target) else None,
@@ -74,7 +74,7 @@ def fused(
     whole = Part(None, logits.shape[-1])
 
     def kernel(logits, target, weight, denominator):
-        launch = plan_fused(_problem(logits, target, whole), denominator_stride=1, in_place=True)
+        launch = plan_fused(_problem(logits, target, whole, static.options), denominator_stride=1, in_place=True)
         operands = {"logits_ptr": logits, "target_ptr": target, "weight_ptr": weight, "denominator_ptr": denominator}
         out = _run(launch, static.options, operands)
         return Stats(out["loss_ptr"], out["lse_ptr"], out["target_sum_ptr"], None), out["logits_ptr"]
@@ -113,7 +113,7 @@ def vary(array: Array, axes: frozenset[str]) -> Array:
     return lax.pcast(array, tuple(sorted(missing)), to="varying") if missing else array
 
 
-def _problem(logits: Array, target: Array, part: Part) -> Problem:
+def _problem(logits: Array, target: Array, part: Part, options: Options) -> Problem:
     *rows, n_classes = logits.shape
     return Problem(
         n_rows=math.prod(rows),
@@ -124,6 +124,7 @@ def _problem(logits: Array, target: Array, part: Part) -> Problem:
         target_stride=n_classes if reference.is_soft(target) else 1,
         total_classes=part.total,
         clusters=clusters(),
+        softcap=options.softcap is not None,
     )
 
 

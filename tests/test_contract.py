@@ -129,8 +129,8 @@ def test_loss_and_gradients(frontend, reduction, case):
 @pytest.mark.parametrize("labels", ["hard", "ignored"])
 @pytest.mark.parametrize("n_classes", [GPT2_PADDED * 2, GPT2 * 2 + 1])
 def test_rows_spread_over_clusters(monkeypatch, n_classes, labels):
-    """What a GPU with clusters runs: the first block of a row is read before its label is known."""
-    monkeypatch.setattr(launch, "_has_clusters", lambda device: True)
+    """What a GPU with clusters runs."""
+    monkeypatch.setattr(launch, "has_clusters", lambda capability: True)
     case = Case(f"clusters_{n_classes}", 3, n_classes, "bfloat16", labels=labels)
     for reduction in ("mean", "none"):
         check_case(Torch("triton", "cuda" if HAS_GPU else "cpu"), case, reduction)

