@@ -28,7 +28,7 @@ from benchmarks.shapes import GEMMA, LLAMA3, QWEN
 
 GIB = 2**30
 CHECKED = 64
-REPEATS = 7
+REPEATS = 9
 
 
 class Head(NamedTuple):
