@@ -284,10 +284,11 @@ def main() -> None:
     parser.add_argument("--heads", type=int, nargs="*", default=range(len(HEADS)), help="indices of the heads to run")
     parser.add_argument("--only", default="", help="contenders whose name holds this")
     arguments = parser.parse_args()
-    heads = [run_head(HEADS[i], arguments.only) for i in arguments.heads]
-    results = {"environment": environment(), "heads": heads}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    results: dict = {"environment": environment(), "heads": []}
+    for i in arguments.heads:
+        results["heads"].append(run_head(HEADS[i], arguments.only))
+        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
     print(linear_section(results))
 
 

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from ce_kernels import Options
 from ce_kernels.checks import FLOATS, Facts, check_target, check_weight
-from ce_kernels.linear import Accumulation, check_chunking, check_linear
+from ce_kernels.linear import MAX_LOGITS_BYTES, Accumulation, check_chunking, check_linear
 from ce_kernels.spec import Implementation, Reduction, check_reduction, fail
 from jax_api.backend import choose_implementation
 from jax_api.launch import vary, varying_axes
@@ -19,9 +19,6 @@ from jax_api.linear_chunks import Head, LinearStatic
 from jax_api.linear_rules import jitted_loss, jitted_rows
 from jax_api.losses import RowOutputs, _divisor, _index_rows, _names, _Rows, as_array, facts_of
 from jax_api.static import Static
-
-# Beside a chunk's logits XLA plans memory for cuBLAS, 32 MiB, and for the chunk's operands: less than 0.6 GiB in all.
-MAX_LOGITS_BYTES = 560 * 2**20
 
 
 def linear_cross_entropy(

@@ -85,5 +85,5 @@ def test_cpu_programs_hold_no_kernel(lowered):
 
 
 def test_every_kernel_compiles_for_every_dtype_from_ampere_to_blackwell_and_for_amd():
-    nvidia, amd, two_levels = 3 * 4, 1, 3 * 2
-    assert run_compiled("tests.compiled.compile_all") == {"compiled": (nvidia + amd) * 3 * 3 + two_levels}
+    nvidia, amd, two_levels, alone = 3 * 4, 1, 3 * 2, 2 * 3
+    assert run_compiled("tests.compiled.compile_all") == {"compiled": (nvidia + amd) * 3 * 3 + two_levels + alone}
