@@ -114,8 +114,7 @@ def test_streams():
 def test_launches_that_overlap_wait_for_each_other():
     """Steps that the host has queued, each behind writes to its labels: a row's loss is another one every time.
 
-    That every kernel waits before it reads is what tests/compiled/compile_all.py sees: without that, most steps come out
-    right all the same.
+    That every kernel waits before it reads is what tests/compiled/compile_all.py sees; without, steps are rarely wrong.
     """
     logits, labels = problem(16384, 4608)
     leaf, own = logits.requires_grad_(), torch.empty_like(labels)
