@@ -18,11 +18,15 @@ MAX_LOGITS_BYTES = 600 * 2**20
 ROW_MULTIPLE = 128
 
 
-def chunk_rows(n_rows: int, n_classes: int, itemsize: int, max_logits_bytes: int) -> int:
+def chunk_rows(n_rows: int, n_classes: int, itemsize: int, max_logits_bytes: int, *, equal: bool = False) -> int:
     """Rows in a chunk: chunks as even as multiples of 128 allow, each within max_logits_bytes. ValueError below a row.
+
+    equal: the last chunk is as long as the others, and goes over some rows again: as few as pay for themselves.
 
     >>> chunk_rows(8192, 128256, 2, MAX_LOGITS_BYTES), chunk_rows(16384, 151936, 2, MAX_LOGITS_BYTES)
     (2048, 2048)
+    >>> chunk_rows(32768, 262144, 2, MAX_LOGITS_BYTES), chunk_rows(32768, 262144, 2, MAX_LOGITS_BYTES, equal=True)
+    (1152, 1024)
     >>> chunk_rows(10, 100, 4, MAX_LOGITS_BYTES), chunk_rows(10, 100, 4, 1200)
     (10, 3)
     """
@@ -34,6 +38,9 @@ def chunk_rows(n_rows: int, n_classes: int, itemsize: int, max_logits_bytes: int
         return max(n_rows, 1)
     multiple = ROW_MULTIPLE if most >= ROW_MULTIPLE else 1
     most -= most % multiple
+    if equal and multiple > 1:
+        # Adding to the gradient of the weight takes each chunk as long as about 128 rows (H200).
+        return min(range(most, 0, -multiple), key=lambda rows: -(-n_rows // rows) * (rows + multiple))
     even = -(-n_rows // -(-n_rows // most))
     return min(most, -(-even // multiple) * multiple)
 

@@ -149,7 +149,7 @@ def _over_chunks[Carry](
     n_rows, n_classes = head.hidden.shape[0], head.weight.shape[static.class_axis]
     if n_rows == 0:
         return carry
-    rows = chunk_rows(n_rows, n_classes, static.dtype.itemsize, static.max_logits_bytes)
+    rows = chunk_rows(n_rows, n_classes, static.dtype.itemsize, static.max_logits_bytes, equal=True)
     count = -(-n_rows // rows)
     hidden, weight = head.hidden.astype(static.dtype), head.weight.astype(static.dtype)
 

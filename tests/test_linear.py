@@ -254,6 +254,10 @@ def test_chunks_are_within_the_budget_and_cover_all_rows(shape, budget):
     if count > 1 and budget >= 128:
         assert rows % 128 == 0
     assert ce_kernels.linear.MAX_LOGITS_BYTES < 0.6 * 2**30
+    equal = chunk_rows(n_rows, n_classes, 2, budget * n_classes * 2, equal=True)
+    assert 1 <= equal <= min(budget, n_rows)
+    # No more rows in all, those done twice included, than as many chunks as are necessary would have.
+    assert -(-n_rows // equal) * equal <= count * rows
 
 
 @pytest.mark.parametrize("frontend", [f for f in FRONTENDS if "interpreter" not in str(f.id)])
