@@ -87,13 +87,17 @@ def transform(r, logit_scale, softcap):
         x = x * logit_scale
         slope = slope * logit_scale
     if softcap is not None:
-        # tanh y = 2w − 1 and sech² y = 4·e·w², which keeps its relative precision where tanh saturates; e stays finite.
-        e = power(tl.minimum(x * (-2.0 * per_nat_of(x.dtype) / softcap), 126.0, propagate_nan=tl.PropagateNan.ALL))
+        # tanh y = (1 − e)·w and sech² y = 4·e·w², which stays exact where tanh saturates. The limit keeps e·c finite.
+        e = power(tl.minimum(x * (-2.0 * per_nat_of(x.dtype) / softcap), 100.0, propagate_nan=tl.PropagateNan.ALL))
         w = reciprocal(1.0 + e)
         slope = slope * (4.0 * (e * w) * w)
-        x = tl.fma(w, 2.0 * softcap, -softcap)
+        x = tl.fma(e, -softcap, softcap) * w
     if logit_scale is not None or softcap is not None:
-        x = tl.where(r == float("-inf"), float("-inf"), x)
+        masked = r == float("-inf")
+        x = tl.where(masked, float("-inf"), x)
+        if logit_scale is not None and softcap is not None:
+            # 0·(−inf) is NaN.
+            slope = tl.where(masked, 0.0, slope)
     return x, slope
 
 

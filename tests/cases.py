@@ -75,6 +75,7 @@ CASES = [
     Case("lowest_bf16", 6, 300, "bfloat16", logits="lowest"),
     Case("masked_all_options", 6, 300, logits="masked", options={**ALL, "label_smoothing": 0.0}),
     Case("masked_negative_scale", 6, 300, logits="masked", options={"logit_scale": -1.0}),
+    Case("masked_capped_zero_scale", 6, 300, logits="masked", options={"logit_scale": 0.0, "softcap": 15.0}),
     Case("confident", 6, 300, sigma=1.0, logits="confident"),
     Case("soft", 6, 200, labels="soft"),
     Case("soft_one_hot", 6, 200, labels="one_hot"),

@@ -65,7 +65,7 @@ def _weight(options, n_classes):
 def _scale_and_cap(r, options):
     """(scale·r, x, dx/dr), each [V]."""
     masked = r == -np.inf
-    scaled = np.where(masked, -np.inf, options.logit_scale * r)
+    scaled = np.where(masked, -np.inf, options.logit_scale * np.where(masked, 0.0, r))  # 0·(−inf) is NaN
     if options.softcap is None:
         return scaled, scaled, np.full(len(r), float(options.logit_scale))
     x = np.where(masked, -np.inf, options.softcap * np.tanh(scaled / options.softcap))

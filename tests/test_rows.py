@@ -50,10 +50,11 @@ def test_rows(frontend, through, case):
     assert_close(loss, expected.loss, loss_bound(arrays, options, expected, compute))
     assert_close(lse, expected.lse, loss_bound(arrays, oracle.Options(logit_scale=options.logit_scale,
         softcap=options.softcap), oracle.Rows(0, 0, 1.0, 0), compute))  # fmt: skip
-    scaled = arrays.logits.astype(np.float64) * options.logit_scale
     if case.n_rows:
         # Rounding may make ties: the class predicted is one of the largest.
-        largest = np.where(np.isneginf(arrays.logits.astype(np.float64)), -np.inf, scaled)
+        raw = arrays.logits.astype(np.float64)
+        masked = np.isneginf(raw)
+        largest = np.where(masked, -np.inf, np.where(masked, 0.0, raw) * options.logit_scale)
         chosen = np.take_along_axis(largest, predicted[:, None].astype(int), 1)[:, 0]
         assert_close(chosen, largest.max(1), 1e-6 * np.abs(largest.max(1)))
     if case.soft and through == "lse":
