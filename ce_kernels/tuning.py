@@ -55,9 +55,10 @@ FUSED_CLUSTERS_SOFT = ((None, Config(32768, 8, 4, unroll=2, backwards=True, max_
 STATS = (
     (2 * 1024, Config(1024, 1)),  # 65536×1000: 0.92 of a training step's copy
     (2 * 16384, Config(1024, 4)),  # 16384×8192: 0.50
-    (2 * 200000, Config(2048, 4)),  # 8192×32000: 0.49; 8192×50257: 0.50; 4096×128256: 0.48
+    (2 * 200000, Config(2048, 4)),  # 8192×32000: 0.49; 8192×50304: 0.50; 4096×128256: 0.48
     (None, Config(4096, 16)),  # 2048×262144: 0.48
 )
+STATS_SHIFTED = (*STATS[:2], (None, Config(2048, 8)))  # 8192×50257: 0.50, with half the warps 0.51
 STATS_FEW_ROWS = ((None, Config(16384, 8, 8)),)  # 32×128256
 GRAD = (
     (2 * 1024, Config(1024, 1)),
@@ -75,14 +76,18 @@ def choose(kernel: str, problem: Problem) -> Config:
         alone, clusters = (FUSED_SHIFTED if problem.shifted else FUSED), FUSED_CLUSTERS
         if problem.soft_targets:
             alone, clusters = FUSED_SOFT, FUSED_CLUSTERS_SOFT
-        # Clusters save bandwidth, which a soft cap does not use up.
-        table = clusters if long and not problem.softcap else alone
+        # Clusters save bandwidth, which a soft cap of hard labels does not use up.
+        table = clusters if long and (problem.soft_targets or not problem.softcap) else alone
     elif kernel == "stats":
-        table = STATS_FEW_ROWS if long and problem.n_rows <= FEW_ROWS else STATS
+        table = STATS_SHIFTED if problem.shifted else STATS
+        if long and problem.n_rows <= FEW_ROWS:
+            table = STATS_FEW_ROWS
     else:
         table = GRAD
     config = next(config for longest, config in table if longest is None or row_bytes <= longest)
     # The same bytes a step for wider elements; no more than the row; 16 bytes a thread at the least.
     block = min(config.block * 2 // problem.itemsize, max(128, 1 << (problem.n_classes - 1).bit_length()))
     warps = max(1, min(config.num_warps, block * problem.itemsize // (32 * 16 * config.num_ctas)))
-    return replace(config, block=block, num_warps=warps)
+    # Wider numbers take more registers.
+    max_registers = None if problem.itemsize == 8 else config.max_registers
+    return replace(config, block=block, num_warps=warps, max_registers=max_registers)

@@ -35,6 +35,7 @@ def compile_launch(launch, problem, options, weighted, loss_types, target):
     attrs |= {(i,): [["tt.divisibility", 16]] for i in wide}
     compiled = triton.compile(ASTSource(kernel, signature, constants, attrs), target=target, options=launch.options)
     assert compiled.asm["cubin" if target.backend == "cuda" else "hsaco"]
+    assert not launch.options.get("launch_pdl") or constants["OVERLAPPED"]
     if target.backend == "cuda":
         assert waits_before_it_reads(compiled.asm["ptx"]) == bool(constants.get("OVERLAPPED"))
     if levels:
@@ -43,7 +44,7 @@ def compile_launch(launch, problem, options, weighted, loss_types, target):
 
 def waits_before_it_reads(ptx):
     """Whether a kernel waits for the launch before it, and until then touches no memory."""
-    first = re.search(r"griddepcontrol\.wait|(ld|st|atom)\.(volatile\.)?global", ptx)
+    first = re.search(r"griddepcontrol\.wait|(ld|st|atom|red|cp)\.[a-z.]*(global|async)", ptx)
     return first.group() == "griddepcontrol.wait"
 
 
@@ -77,7 +78,10 @@ for target in TARGETS:
             (8, 50257, EVERY, False),
             (8, 151936, PLAIN, False),
         ):
-            problem = Problem(n_rows, n, dtype, soft, n, n if soft else 1, n, clusters=clusters, overlapped=clusters)
+            capped = options.softcap is not None
+            problem = Problem(
+                n_rows, n, dtype, soft, n, n if soft else 1, n, clusters=clusters, softcap=capped, overlapped=clusters
+            )
             for launch, extra in launches(problem, options, options is EVERY):
                 compile_launch(launch, problem, options, options is EVERY, extra, target)
                 count += 1
