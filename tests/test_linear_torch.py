@@ -273,3 +273,26 @@ def test_meta_tensors():
     hidden, weight = torch.empty(3, 5, device="meta", requires_grad=True), torch.empty(4, 5, device="meta")
     loss = linear_cross_entropy(hidden, weight, torch.empty(3, dtype=torch.long, device="meta"))
     assert loss.device.type == "meta"
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_what_is_exported_can_be_trained(reduction):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(5, 12, device=DEVICE, dtype=torch.float64)
+
+        def forward(self, hidden, labels):
+            rows = linear_cross_entropy(
+                hidden, self.head.weight, labels, self.head.bias, reduction=reduction, max_logits_bytes=300, **OPTIONS
+            )
+            return rows.sum()
+
+    model, (hidden, _, labels, _) = Model(), problem()
+    exported = torch.export.export(model, (hidden.detach(), labels)).module()
+    leaves = [hidden, *model.parameters()]
+    expected = torch.autograd.grad(model(hidden, labels), leaves)
+    found = torch.autograd.grad(exported(hidden, labels), [hidden, *exported.parameters()])
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(RuntimeError, match="got create_graph=True in an exported graph"):
+        torch.autograd.grad(exported(hidden, labels), hidden, create_graph=True)

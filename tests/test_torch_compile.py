@@ -141,6 +141,27 @@ def test_export():
     torch.testing.assert_close(program.module()(more, more_labels), cross_entropy(more, more_labels, **OPTIONS))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_what_is_exported_can_be_trained(kind, reduction):
+    class Loss(torch.nn.Module):
+        def forward(self, logits, target):
+            rows = cross_entropy(logits, target, reduction=reduction, **OPTIONS, implementation="triton")
+            return rows.sum()
+
+    logits, labels = problem()
+    target = labels if kind == "hard" else logits.detach().softmax(-1)
+    exported = torch.export.export(Loss(), (logits.detach(), target)).module()
+    leaves = [logits.detach().clone().requires_grad_()]
+    if kind == "soft":
+        target = target.clone().requires_grad_()
+        leaves.append(target)
+    found = torch.autograd.grad(exported(leaves[0], target), leaves)
+    torch.testing.assert_close(found, torch.autograd.grad(Loss()(leaves[0], target), leaves))
+    with pytest.raises(RuntimeError, match="got create_graph=True in an exported graph"):
+        torch.autograd.grad(exported(leaves[0], target), leaves, create_graph=True)
+
+
 @pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
 def test_make_fx(tracing_mode):
     logits, labels = problem()
@@ -155,6 +176,8 @@ def test_make_fx(tracing_mode):
     torch.testing.assert_close(graph(logits, labels), step(logits, labels))
 
 
+# opcheck itself does.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_operators_are_what_they_say(dtype):
     logits, labels = problem(dtype=dtype)
@@ -164,6 +187,8 @@ def test_operators_are_what_they_say(dtype):
         for target in (labels, logits.softmax(-1)):
             statistics = (logits, target, torch.rand(40, device=DEVICE), True, *scalars)
             library.opcheck(torch.ops.ce_kernels.row_statistics, statistics)
+            trained = (logits.clone().requires_grad_(), target, None, False, *scalars)
+            library.opcheck(torch.ops.ce_kernels.row_statistics, trained)
             loss, lse, target_sum, _ = torch.ops.ce_kernels.row_statistics(*statistics)
             gradients = (logits, target, None, lse, target_sum, loss, lse, target is not labels, *scalars)
             library.opcheck(torch.ops.ce_kernels.row_gradients, gradients)

@@ -1,6 +1,7 @@
 """The chunk loops of `torch_api.linear_chunks` as library operations, which tracers see whole and never look into.
 
-An operation's outputs are tensors: an empty one stands for what is not wanted.
+An operation's outputs are tensors: an empty one stands for what is not wanted. Derivatives of their own are for graphs
+that hold nothing else of ours: exported programs that are trained. They make the logits again.
 """
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, library
 
 from torch_api import linear_chunks
 from torch_api.linear_chunks import Head, Static, row_outputs
-from torch_api.ops import SPEC, flat_spec, spec_of
+from torch_api.ops import SPEC, flat_spec, refuse_create_graph, spec_of
 from torch_api.rows import Upstream
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight"
@@ -20,6 +21,8 @@ _SCHEMAS = (
     f"fused({_HEAD}, Tensor denominator, {_STATIC}, bool[] wanted) -> ({_ROWS}, {_GRADIENTS})",
     f"grad({_HEAD}, {_UPSTREAM}, {_STATIC}, bool[] wanted) -> ({_GRADIENTS}, Tensor dtarget)",
 )
+N_SPEC = SPEC.count(",") + 1
+N_STATIC = _STATIC.count(",") + 1
 _library = library.Library("ce_kernels_linear", "DEF")
 
 
@@ -48,7 +51,7 @@ def _flat(static: Static) -> tuple:
 
 
 def _static(flat: tuple) -> Static:
-    return Static(spec_of(*flat[:8]), *flat[8:])
+    return Static(spec_of(*flat[:N_SPEC]), *flat[N_SPEC:])
 
 
 def _stats(*arguments):
@@ -97,9 +100,31 @@ def _fake_gradients(head: Head, wanted: list[bool]) -> tuple[Tensor, ...]:
     )
 
 
+def _save(ctx, inputs, output) -> None:
+    """Of `stats` and of `fused`: the static part stands before the last input."""
+    ctx.static = _static(inputs[-1 - N_STATIC : -1])
+    ctx.save_for_backward(*inputs[:5], output[1], output[2])
+    ctx.set_materialize_grads(False)
+    ctx.n_inputs = len(inputs)
+
+
+def _backward(ctx, dloss, dlse, *_):
+    refuse_create_graph()
+    *head, lse, target_sum = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[:4])
+    if dloss is None and dlse is None:
+        return (None,) * ctx.n_inputs
+    dloss = torch.zeros_like(lse) if dloss is None else dloss
+    found = linear_grad(Head(*head), Upstream(lse, target_sum, dloss, dlse), ctx.static, wanted)
+    gradients = [x if want else None for x, want in zip(found, wanted, strict=True)]
+    return *gradients, *(None,) * (ctx.n_inputs - 4)
+
+
 for _schema, _function, _fake in zip(
     _SCHEMAS, (_stats, _fused, _grad), (_fake_stats, _fake_fused, _fake_grad), strict=True
 ):
     _name = _library.define(_schema)
     _library.impl(_name, _function, "CompositeExplicitAutograd")
     library.register_fake(f"ce_kernels_linear::{_name}", _fake, lib=_library)
+for _name in ("stats", "fused"):
+    library.register_autograd(f"ce_kernels_linear::{_name}", _backward, setup_context=_save, lib=_library)

@@ -1,12 +1,14 @@
 """The row operations as custom operators with fakes, for whoever traces: compile, export, make_fx.
 
-They cannot be looked into, they run `torch_api.launch`, and their gradients are contiguous.
+They cannot be looked into, they run `torch_api.launch`, and their gradients are contiguous. Statistics have a
+derivative of their own for graphs that hold nothing else of ours: exported programs that are trained.
 """
 
 import torch
 from torch import Tensor, library
 
 from ce_kernels import Options
+from ce_kernels.spec import fail
 from torch_api import launch
 from torch_api.reference import compute_dtype
 from torch_api.rows import Inputs, RowSpec, Stats, Upstream
@@ -84,6 +86,44 @@ def _nothing(like: Tensor, dtype: torch.dtype) -> Tensor:
 
 _library.impl("row_statistics", _row_statistics, "CompositeExplicitAutograd")
 _library.impl("row_gradients", _row_gradients, "CompositeExplicitAutograd")
+
+
+def _save(ctx, inputs, output) -> None:
+    logits, target, weight, _, *ctx.scalars = inputs
+    _, lse, target_sum, _ = output
+    ctx.save_for_backward(logits, target, weight, lse, target_sum)
+    ctx.set_materialize_grads(False)
+
+
+def refuse_create_graph() -> None:
+    """Raises under create_graph, in the derivatives of operators, whose own derivatives nobody knows."""
+    if torch.is_grad_enabled():
+        fail(
+            RuntimeError, "create_graph=True in an exported graph", "first derivatives", "the call itself, not exported"
+        )
+
+
+def _row_statistics_backward(ctx, dloss, dlse, *_):
+    refuse_create_graph()
+    logits, target, weight, lse, target_sum = ctx.saved_tensors
+    needs_logits, needs_target, needs_weight = ctx.needs_input_grad[:3]
+    if needs_weight:
+        fail(
+            RuntimeError,
+            "class weights that are trained, in an exported graph",
+            "weights that were trained when it was exported",
+            "weight.requires_grad_() before torch.export.export",
+        )
+    dlogits = dtarget = None
+    if dloss is not None or dlse is not None:
+        dloss = torch.zeros_like(lse) if dloss is None else dloss
+        upstream = Upstream(lse, target_sum, dloss, dlse)
+        spec = spec_of(*ctx.scalars)
+        dlogits, dtarget = grad(Inputs(logits, target, weight), upstream, spec, with_dtarget=needs_target)
+    return dlogits if needs_logits else None, dtarget, *(None,) * (2 + len(ctx.scalars))
+
+
+library.register_autograd("ce_kernels::row_statistics", _row_statistics_backward, setup_context=_save, lib=_library)
 
 
 @library.register_fake("ce_kernels::row_statistics", lib=_library)
