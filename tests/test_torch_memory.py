@@ -137,6 +137,23 @@ def test_another_use_of_donated_logits_raises_in_backward(implementation, reduct
 
 @each_implementation
 @each_reduction
+def test_a_use_made_after_donation_is_right_and_a_second_donation_raises(implementation, reduction):
+    hidden, head, labels = make_problem()
+    logits = hidden @ head.T
+    kept = cross_entropy(logits, labels, reduction=reduction, implementation=implementation).sum()
+    (expected,) = torch.autograd.grad(kept + logits.square().mean(), head)
+    logits = hidden @ head.T
+    loss = donated(logits, labels, implementation, reduction=reduction).sum()
+    torch.testing.assert_close(torch.autograd.grad(loss + logits.square().mean(), head)[0], expected)
+    logits = hidden @ head.T
+    twice = [donated(logits, labels, implementation, reduction=reduction).sum() for _ in range(2)]
+    torch.testing.assert_close(*twice)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        sum(twice).backward()
+
+
+@each_implementation
+@each_reduction
 def test_second_backward_and_create_graph_of_donated_logits_raise(implementation, reduction):
     hidden, head, labels = make_problem()
     loss = donated(hidden @ head.T, labels, implementation, reduction=reduction).sum()

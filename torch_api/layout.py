@@ -77,11 +77,6 @@ def gradient_levels(shape: tuple[int, ...], strides: tuple[int, ...]) -> Levels:
     return found
 
 
-def is_dense(array: Tensor) -> bool:
-    """Whether the array fills its memory, in whatever order."""
-    return array.is_contiguous() or array.stride() == gradient_strides(array.shape, array.stride())
-
-
 def overlaps(array: Tensor) -> bool:
     """Whether elements may share memory, as those of an expanded array and the windows of `unfold` do."""
     extent = 1

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ce_kernels.spec import Implementation, Reduction, check_reduction, fail
-from torch_api import donation, launch, layout, reductions, tracing
+from torch_api import donation, launch, reductions, tracing
 from torch_api.arguments import Choices, checked, divisor
 from torch_api.reference import compute_dtype
 from torch_api.rows import Inputs, Reducing, RowSpec
@@ -67,8 +67,8 @@ def cross_entropy(
         denominator: replaces the divisor of `mean`; a number or a tensor of one element, never read by the host.
         dim: the class dimension; None means 1, or 0 for a single row. dim=-1 takes [batch, time, classes] as it is.
         implementation: "triton", "reference" or None to choose by device.
-        donate_logits: lets the gradient overwrite input, which must not be used afterwards: half the memory. Without
-            a gradient nothing is overwritten.
+        donate_logits: lets the gradient overwrite input in the backward: half the memory, and one more read of input,
+            which must not be read afterwards. Without a gradient nothing is overwritten.
         process_group: input, probabilities and weight are this process's slice of the classes, the slices of one size
             in the order of ranks; class indices count the whole vocabulary, and the loss is the same on every process.
 
@@ -114,10 +114,11 @@ def cross_entropy(
     if eager and reduction == "mean" and denominator is None and not needs_graph(inputs):
         return _mean_without_gradient(inputs, spec)
     by = 1.0 if reduction == "sum" else divisor(inputs, spec, denominator)
-    if trains and _fuses(inputs, by, donate_logits):
+    # Donated logits stay what they are until the backward: a use made later runs its own backward before.
+    if trains and not donate_logits and _fuses(inputs, by):
         dtype = compute_dtype(inputs.logits)
         by = by if isinstance(by, Tensor) else torch.full((), by, dtype=dtype, device=input.device)
-        return FusedLoss.apply(*inputs, by, spec, donate_logits)
+        return FusedLoss.apply(*inputs, by, spec)
     total = row_losses(inputs, spec, donate=donate_logits).loss.sum()
     return total if reduction == "sum" else total / by
 
@@ -194,15 +195,13 @@ def _overridden(function, arguments: dict):
     return handle_torch_function(function, (input, target, weight), input, target, weight, **arguments)
 
 
-def _fuses(inputs: Inputs, by: float | Tensor, donate: bool) -> bool:
+def _fuses(inputs: Inputs, by: float | Tensor) -> bool:
     """Whether loss and gradient are one launch: the gradient of the logits is the only one, and may be rounded now."""
     others = (inputs.target, inputs.weight, by)
     return (
         # Loss scaling exists because p / N is below fp16's range: round only after the upstream gradient is known.
         inputs.logits.dtype != torch.float16
         and not [other for other in others if isinstance(other, Tensor) and other.requires_grad]
-        # The backward scales its buffer as a whole.
-        and not (donate and not layout.is_dense(inputs.logits))
     )
 
 

@@ -174,32 +174,27 @@ class FusedLoss(Function):
     """Σ loss / denominator (a 0-d tensor), with dlogits computed in the forward; eager only."""
 
     @staticmethod
-    def forward(ctx, logits, target, weight, denominator, spec: RowSpec, donate: bool):
-        out, dlogits = launch.fused(Inputs(logits, target, weight), denominator, spec, donate=donate)
-        ctx.spec, ctx.donate, ctx.spent = spec, donate, False
-        if donate:
-            ctx.save_for_backward(taken(logits, dlogits))
-        else:
-            ctx.save_for_backward(dlogits, logits, target, weight, out.lse, out.target_sum, denominator)
+    def forward(ctx, logits, target, weight, denominator, spec: RowSpec):
+        out, dlogits = launch.fused(Inputs(logits, target, weight), denominator, spec)
+        ctx.spec, ctx.spent = spec, False
+        ctx.save_for_backward(dlogits, logits, target, weight, out.lse, out.target_sum, denominator)
         return reductions.mean(out.loss, denominator, spec)
 
     @staticmethod
     def backward(ctx, g):
-        if ctx.donate:
-            check_donation(ctx, g)
         dlogits, *saved = ctx.saved_tensors
-        if not ctx.donate and (torch.is_grad_enabled() or ctx.spent or _is_mapped(g)):
+        if torch.is_grad_enabled() or ctx.spent or _is_mapped(g):
             # Under create_graph, or after a first backward gave its buffer away: compute the gradient anew.
             logits, target, weight, lse, target_sum, denominator = saved
             dloss = (g / denominator).expand(lse.shape)
             dlogits, _ = _row_gradients(logits, target, weight, lse, target_sum, dloss, None, ctx.spec, False)
-            return dlogits, None, None, None, None, None
+            return dlogits, None, None, None, None
         ctx.spent = True
         # `.data`: its receiver may write to it (.grad accumulates in place) without invalidating the node that saved
         # it, which never reads it again.
         dlogits = dlogits.data
         launch.scale_(dlogits, g, ctx.spec.implementation)
-        return dlogits, None, None, None, None, None
+        return dlogits, None, None, None, None
 
 
 def _row_gradients(*args) -> tuple[Tensor, Tensor | None]:
