@@ -109,8 +109,8 @@ def test_vmap_is_one_launch(batch, monkeypatch):
     monkeypatch.setattr(launch, "_run", lambda call, *rest: (launched.append(call), run(call, *rest)))
     vmap(grad(ours("triton")), (0, 0, None))(x, y, w[0])
     assert [(call.kernel, call.grid) for call in launched] == [
-        ("cross_entropy_stats_kernel", (8,)),
-        ("cross_entropy_grad_kernel", (8,)),
+        ("cross_entropy_stats_kernel", (8, 1, 1)),
+        ("cross_entropy_grad_kernel", (8, 1, 1)),
     ]
 
 

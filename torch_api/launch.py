@@ -334,11 +334,15 @@ def run_kernel(
             _launch(name, grid, arguments, options, compiled, key)
 
 
-def _launch(name, grid, arguments, options, compiled, key) -> None:
+def _launch(
+    name: str, grid: tuple[int, int, int], arguments: tuple, options: dict[str, Any], compiled: _Compiled, key: tuple
+) -> None:
     function = kernel(name)
     source, known = compiled.get(key, (None, None))
-    if source is function and known is not None:
+    if source is function:
         known[grid](*arguments)
-    else:
-        # None under the interpreter.
-        compiled[key] = function, function[grid](*arguments, **options)
+        return
+    known = function[grid](*arguments, **options)
+    # Not None, as from the interpreter, and not the promise of a kernel that is being compiled elsewhere.
+    if hasattr(type(known), "__getitem__"):
+        compiled[key] = function, known
