@@ -132,7 +132,9 @@ def mistakes(rank, size):
     expect(ValueError, "vocabulary slices of", lambda: cross_entropy(uneven, labels.clamp(0, 2), process_group=group))
     loss = cross_entropy(part, labels, process_group=group)
     second = lambda: torch.autograd.grad(loss, part, create_graph=True)  # noqa: E731
-    expect(RuntimeError, "create_graph=True with a sharded vocabulary", second)
+    expect(RuntimeError, "create_graph=True with a DTensor or a sharded vocabulary", second)
+    loss_of = lambda x: cross_entropy(x, labels, process_group=group)  # noqa: E731
+    expect(RuntimeError, "got torch.func, forward mode", lambda: torch.func.grad(loss_of)(part.detach()))
     w = own(weight, rank, size).requires_grad_()
     expect(RuntimeError, "gradient of class weights", lambda: cross_entropy(part, labels, w, process_group=group))
     mesh = init_device_mesh("cpu", (size,))

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Partial, Shard, distribute_tensor
 from torch.nn.functional import linear
 
 from tests.sharded import OPTIONS, N, V, close, make, same_everywhere
@@ -115,8 +115,17 @@ def fsdp(rank, size):
 def dtensors_are_explained(rank, size):
     hidden, weight, _ = head()
     sharded = distribute_tensor(weight, init_device_mesh("cpu", (size,)), [Shard(0)])
+    labels = make()[1]
     with pytest.raises(TypeError, match=r"got weight of type DTensor; required: plain tensors; write .*process_group"):
-        linear_cross_entropy(hidden, sharded, make()[1])
+        linear_cross_entropy(hidden, sharded, labels)
+    # What it says to write, where every process has rows of its own.
+    leaf, whole = sharded.detach().requires_grad_(), weight.detach().requires_grad_()
+    linear_cross_entropy(hidden, whole, labels, reduction="sum").backward()
+    own = slice(rank, None, size)
+    gathered = leaf.full_tensor(grad_placements=[Partial()])
+    linear_cross_entropy(hidden[own], gathered, labels[own], reduction="sum").backward()
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad.full_tensor(), whole.grad)
 
 
 CASES = [process_group_cases, rows_and_compile, fsdp, dtensors_are_explained]

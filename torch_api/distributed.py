@@ -93,10 +93,10 @@ def row_losses(
     inputs: Inputs, spec: RowSpec, shards: Shards, *, with_argmax: bool = False, donate: bool = False
 ) -> tuple[Stats, Tensor]:
     """Statistics of whole rows, the same on every process, and the weight of each row's label (1 without weights)."""
-    if tracing.is_higher_order() or (inputs.weight is not None and inputs.weight.requires_grad):
+    if tracing.is_transformed() or (inputs.weight is not None and inputs.weight.requires_grad):
         fail(
             RuntimeError,
-            "forward mode, second derivatives or a gradient of class weights with a sharded vocabulary",
+            "torch.func, forward mode or a gradient of class weights with a DTensor or a sharded vocabulary",
             "first derivatives by logits and soft targets",
             "the loss of gathered logits",
         )
@@ -125,7 +125,7 @@ class _ShardedRowLosses(Function):
         if dloss is None and dlse is None:
             return (None,) * 7
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            what = "create_graph=True with a sharded vocabulary"
+            what = "create_graph=True with a DTensor or a sharded vocabulary"
             fail(RuntimeError, what, "first derivatives", "the loss of gathered logits")
         if ctx.donate:
             check_donation(ctx, dloss, dlse)
@@ -192,8 +192,9 @@ def _merge(gathered: Tensor, inputs: Inputs, spec: RowSpec, shards: Shards, with
     best, column = vectors[3 + weighted], vectors[4 + weighted]
     scaled = torch.where(best == -torch.inf, best, best * spec.options.logit_scale)
     slice_ = scaled.argmax(0)
-    starts = torch.tensor(shards.starts, device=slice_.device)
-    predicted = column.gather(0, slice_[None])[0].long() + starts[slice_]
+    # No tensor of the starts: copying one to the device would wait for it.
+    start = sum((slice_ == i) * start for i, start in enumerate(shards.starts))
+    predicted = column.gather(0, slice_[None])[0].long() + start
     return Stats(row_loss, whole, target_sum, predicted.int()), label_weight
 
 

@@ -82,8 +82,9 @@ def _check_plain(head: Head) -> None:
                 TypeError,
                 f"{name} of type DTensor",
                 "plain tensors",
-                "the call inside the forward of a module whose parameters FSDP2 gathers, full_tensor(), or to_local() "
-                "and process_group for a weight whose rows are sharded over hidden states that are not",
+                "the call inside the forward of a module whose parameters FSDP2 gathers, or its unshard() before; "
+                "full_tensor(grad_placements=[Partial()]) where every process has rows of its own; or to_local() and "
+                "process_group for a weight whose rows are sharded over hidden states that are not",
             )
         if x.device != head.hidden.device:
             passed = f"{name} on {x.device} with hidden on {head.hidden.device}"
