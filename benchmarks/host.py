@@ -2,7 +2,8 @@
 launches replaced by nothing.
 
 Microseconds from call to return, the device left behind: the median of batches that fit into the launch queue. "bare"
-is `kernel[grid](…)` with the arguments that the call passes; without a GPU it is nothing, and the rest is Python's.
+is `kernel[grid](…)` with the arguments that the call passes, in which Triton searches for what it compiled, as our call
+does the first time only; without a GPU it is nothing, and the rest is Python's.
 """
 
 import argparse
