@@ -35,7 +35,6 @@ def calls(monkeypatch):
     calls = []
     source = Source(calls)
     monkeypatch.setattr(launch, "kernel", lambda name: source)
-    monkeypatch.setattr(launch, "_COMPILED_ALONE", {})
     return calls
 
 

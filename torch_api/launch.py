@@ -6,6 +6,7 @@ What depends on shapes, strides and options alone is decided once and cached; a 
 import importlib.util
 import math
 import os
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -190,7 +191,6 @@ def _capability(device: torch.device) -> int:
 
 # Kernels and what Triton compiled of them, by what it looks at in arguments: its own search takes as long as a launch.
 _Compiled = dict[tuple, tuple[Any, Any]]
-_COMPILED_ALONE: _Compiled = {}
 
 
 class _Call(NamedTuple):
@@ -299,14 +299,21 @@ def kernel(name: str) -> Any:
 
 def run_alone(name: str, programs: int, arguments: tuple, constants: tuple, num_warps: int) -> None:
     """`run_kernel` for the kernels around the rows', which begin while the launch before them ends."""
-    device = arguments[0].device
+    constants, options, compiled = _plan_alone(name, arguments[0].device, constants, num_warps)
+    looked_at = tuple([_looked_at(x) for x in arguments])
+    run_kernel(name, (programs, 1, 1), (*arguments, *constants), options, compiled, looked_at)
+
+
+@lru_cache
+def _plan_alone(
+    name: str, device: torch.device, constants: tuple, num_warps: int
+) -> tuple[tuple, dict[str, Any], _Compiled]:
+    """All the kernel's constants, the compiler's options, and room for what Triton compiles."""
     overlapped = has_overlap(_capability(device))
     options = {"num_warps": num_warps, "enable_fp_fusion": False}
     if overlapped:
         options["launch_pdl"] = True
-    constants = (*constants, overlapped)
-    looked_at = (name, device, constants, num_warps, *[_looked_at(x) for x in arguments])
-    run_kernel(name, (programs, 1, 1), (*arguments, *constants), options, _COMPILED_ALONE, looked_at)
+    return (*constants, overlapped), options, {}
 
 
 def _looked_at(argument: Tensor | int | None) -> tuple | None:
@@ -327,22 +334,14 @@ def run_kernel(
     """
     device = arguments[0].get_device()
     # A guard costs 3 µs, and the device is nearly always the current one.
-    if device < 0 or device == torch.accelerator.current_device_index():
-        _launch(name, grid, arguments, options, compiled, key)
-    else:
-        with torch.cuda.device(device):
-            _launch(name, grid, arguments, options, compiled, key)
-
-
-def _launch(
-    name: str, grid: tuple[int, int, int], arguments: tuple, options: dict[str, Any], compiled: _Compiled, key: tuple
-) -> None:
-    function = kernel(name)
-    source, known = compiled.get(key, (None, None))
-    if source is function:
-        known[grid](*arguments)
-        return
-    known = function[grid](*arguments, **options)
-    # Not None, as from the interpreter, and not the promise of a kernel that is being compiled elsewhere.
-    if hasattr(type(known), "__getitem__"):
-        compiled[key] = function, known
+    is_current = device < 0 or device == torch.accelerator.current_device_index()
+    with nullcontext() if is_current else torch.cuda.device(device):
+        function = kernel(name)
+        source, known = compiled.get(key, (None, None))
+        if source is function:
+            known[grid](*arguments)
+            return
+        known = function[grid](*arguments, **options)
+        # Not None, as from the interpreter, and not the promise of a kernel that is being compiled elsewhere.
+        if hasattr(type(known), "__getitem__"):
+            compiled[key] = function, known
