@@ -21,7 +21,7 @@ from ce_kernels.spec import fail
 from torch_api import donation, launch, ops, tracing
 from torch_api.arguments import Choices, checked, checked_denominator
 from torch_api.reference import counted_weights, is_ignored, label_weights
-from torch_api.rows import Inputs, Reducing, RowSpec, Stats, Upstream
+from torch_api.rows import Inputs, Reducing, RowSpec, Stats, Upstream, or_zeros
 from torch_api.rules import check_donation, taken
 
 
@@ -130,8 +130,7 @@ class _ShardedRowLosses(Function):
         if ctx.donate:
             check_donation(ctx, dloss, dlse)
         logits, target, weight, lse, target_sum = ctx.saved_tensors
-        if dloss is None:
-            dloss = torch.zeros((), dtype=lse.dtype, device=lse.device).expand(lse.shape)
+        dloss = or_zeros(dloss, lse)
         inputs, upstream = Inputs(logits, target, weight), Upstream(lse, target_sum, dloss, dlse)
         row_operations = ops if tracing.is_opaque(*inputs, *upstream) else launch
         dlogits, dtarget = row_operations.grad(
@@ -193,7 +192,7 @@ def _merge(gathered: Tensor, inputs: Inputs, spec: RowSpec, shards: Shards, with
     scaled = torch.where(best == -torch.inf, best, best * spec.options.logit_scale)
     slice_ = scaled.argmax(0)
     # No tensor of the starts: copying one to the device would wait for it.
-    start = sum((slice_ == i) * start for i, start in enumerate(shards.starts))
+    start = sum((slice_ == i) * first for i, first in enumerate(shards.starts))
     predicted = column.gather(0, slice_[None])[0].long() + start
     return Stats(row_loss, whole, target_sum, predicted.int()), label_weight
 

@@ -10,7 +10,7 @@ from torch import Tensor, library
 from torch_api import linear_chunks
 from torch_api.linear_chunks import Head, Static, row_outputs
 from torch_api.ops import SPEC, flat_spec, refuse_create_graph, spec_of
-from torch_api.rows import Upstream
+from torch_api.rows import Upstream, or_zeros
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight"
 _STATIC = f"{SPEC}, int max_logits_bytes, str accumulation, ScalarType dtype, str? group"
@@ -114,8 +114,8 @@ def _backward(ctx, dloss, dlse, *_):
     wanted = list(ctx.needs_input_grad[:4])
     if dloss is None and dlse is None:
         return (None,) * ctx.n_inputs
-    dloss = torch.zeros_like(lse) if dloss is None else dloss
-    found = linear_grad(Head(*head), Upstream(lse, target_sum, dloss, dlse), ctx.static, wanted)
+    upstream = Upstream(lse, target_sum, or_zeros(dloss, lse), dlse)
+    found = linear_grad(Head(*head), upstream, ctx.static, wanted)
     gradients = [x if want else None for x, want in zip(found, wanted, strict=True)]
     return *gradients, *(None,) * (ctx.n_inputs - 4)
 

@@ -21,7 +21,7 @@ from torch_api import launch, tracing
 from torch_api.linear_chunks import Head, Static
 from torch_api.linear_ops import linear_fused, linear_grad, linear_stats
 from torch_api.losses import RowOutputs, cross_entropy_rows
-from torch_api.rows import Upstream
+from torch_api.rows import Upstream, or_zeros
 
 
 class LinearLoss(Function):
@@ -82,8 +82,7 @@ class LinearRows(Function):
         if dloss is None and dlse is None:
             return (None,) * 7
         *head, lse, target_sum = ctx.saved_tensors
-        if dloss is None:
-            dloss = torch.zeros((), dtype=lse.dtype, device=lse.device).expand(len(lse))
+        dloss = or_zeros(dloss, lse)
         wanted = list(ctx.needs_input_grad[:4])
         if torch.compiler.is_compiling():
             gradients = linear_grad(Head(*head), Upstream(lse, target_sum, dloss, dlse), ctx.static, wanted)

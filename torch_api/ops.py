@@ -11,7 +11,7 @@ from ce_kernels import Options
 from ce_kernels.spec import fail
 from torch_api import launch
 from torch_api.reference import compute_dtype
-from torch_api.rows import Inputs, RowSpec, Stats, Upstream
+from torch_api.rows import Inputs, RowSpec, Stats, Upstream, or_zeros
 
 # A RowSpec in a schema.
 SPEC = (
@@ -116,8 +116,7 @@ def _row_statistics_backward(ctx, dloss, dlse, *_):
         )
     dlogits = dtarget = None
     if dloss is not None or dlse is not None:
-        dloss = torch.zeros_like(lse) if dloss is None else dloss
-        upstream = Upstream(lse, target_sum, dloss, dlse)
+        upstream = Upstream(lse, target_sum, or_zeros(dloss, lse), dlse)
         spec = spec_of(*ctx.scalars)
         dlogits, dtarget = grad(Inputs(logits, target, weight), upstream, spec, with_dtarget=needs_target)
     return dlogits if needs_logits else None, dtarget, *(None,) * (2 + len(ctx.scalars))

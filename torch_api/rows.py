@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ce_kernels import Options
@@ -57,6 +58,11 @@ class Upstream(NamedTuple):
     target_sum: Tensor
     dloss: Tensor
     dlse: Tensor | None
+
+
+def or_zeros(dloss: Tensor | None, lse: Tensor) -> Tensor:
+    """The upstream gradient of every row's loss: where none came in, zeros that take no memory."""
+    return torch.zeros((), dtype=lse.dtype, device=lse.device).expand(lse.shape) if dloss is None else dloss
 
 
 class Reducing(NamedTuple):

@@ -17,7 +17,7 @@ from torch.autograd import Function
 from ce_kernels.spec import fail
 from torch_api import launch, ops, reductions, reference, tracing
 from torch_api.batching import to_rows
-from torch_api.rows import Inputs, RowSpec, Stats, Upstream
+from torch_api.rows import Inputs, RowSpec, Stats, Upstream, or_zeros
 
 
 def row_losses(inputs: Inputs, spec: RowSpec, *, with_argmax: bool = False, donate: bool = False) -> Stats:
@@ -79,8 +79,7 @@ class RowLosses(Function):
         if ctx.donate:
             check_donation(ctx, dloss, dlse)
         logits, target, weight, lse, target_sum = ctx.saved_tensors
-        if dloss is None:
-            dloss = torch.zeros((), dtype=lse.dtype, device=lse.device).expand(lse.shape)
+        dloss = or_zeros(dloss, lse)
         needs_logits, needs_target, needs_weight = ctx.needs_input_grad[:3]
         dlogits = dtarget = dweight = None
         if needs_weight:
