@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.target_info import is_hip
 
 LOG2E = tl.constexpr(math.log2(math.e))
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -207,6 +208,18 @@ def aligned(offset, GROUP: tl.constexpr, SHIFTED: tl.constexpr):
 
 
 @triton.jit
+def widen(r, SHIFTED: tl.constexpr, DTYPE: tl.constexpr):
+    """Logits as numbers to compute with."""
+    if (r.dtype == tl.bfloat16 and not SHIFTED) and not (INTERPRETED or is_hip()):
+        # An instruction an element instead of one and a half. Shifted rows want the registers that this takes.
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [r], dtype=tl.float32, is_pure=True, pack=2
+        )
+    else:
+        return r.to(DTYPE)
+
+
+@triton.jit
 def load_logits(
     row_ptr,
     start,
@@ -226,11 +239,12 @@ def load_logits(
     """
     position = start + tl.arange(0, BLOCK)
     if not EDGE:
-        return tl.load(row_ptr + position, eviction_policy=EVICTION).to(DTYPE)
+        return widen(tl.load(row_ptr + position, eviction_policy=EVICTION), SHIFTED, DTYPE)
     else:
         # Uniform over each group, or every load would be of one element.
         mask = active & ((position // GROUP * GROUP if SHIFTED else position) < shift + N_CLASSES)
-        r = tl.load(row_ptr + position, mask=mask, other=float("-inf"), eviction_policy=EVICTION).to(DTYPE)
+        r = tl.load(row_ptr + position, mask=mask, other=float("-inf"), eviction_policy=EVICTION)
+        r = widen(r, SHIFTED, DTYPE)
         if SHIFTED:
             r = tl.where((position >= shift) & (position < shift + N_CLASSES), r, float("-inf"))
         return r

@@ -54,6 +54,7 @@ def cross_entropy_stats_kernel(
     GROUP: tl.constexpr,
     SHIFTED: tl.constexpr,
     UNROLL: tl.constexpr,
+    CLUSTER: tl.constexpr,
     OVERLAPPED: tl.constexpr,
 ):
     """One program: loss, lse and s = Σq of one row; with predicted_ptr its argmax, and lse of ignored rows too.
@@ -85,8 +86,8 @@ def cross_entropy_stats_kernel(
         store_statistics(
             m, d, qx, q_sum, best, best_col, row, mass, label_x, ignored, invalid,
             uniform_mass(alpha, weight_ptr, TOTAL_CLASSES, SOFT_TARGETS), scalar(z_loss, DTYPE, SCALARS_IN_MEMORY),
-            loss_ptr, lse_ptr, target_sum_ptr, predicted_ptr, SOFT_TARGETS or label_smoothing is not None, N_CLASSES,
-            DTYPE,
+            loss_ptr, lse_ptr, target_sum_ptr, predicted_ptr, SOFT_TARGETS or label_smoothing is not None, CLUSTER,
+            N_CLASSES,
         )  # fmt: skip
     else:
         store_ignored_row(row, loss_ptr, lse_ptr, target_sum_ptr)
@@ -206,6 +207,7 @@ def cross_entropy_fused_kernel(
     WIDE_STORES: tl.constexpr,
     UNROLL: tl.constexpr,
     BACKWARDS: tl.constexpr,
+    CLUSTER: tl.constexpr,
     OVERLAPPED: tl.constexpr,
 ):
     """One program: statistics, then gradient of one row whose upstream gradient, 1 / denominator, is known beforehand.
@@ -251,7 +253,7 @@ def cross_entropy_fused_kernel(
         lse, s = store_statistics(
             m, d, qx, q_sum, best, best_col, row, mass, label_x, ignored, invalid,
             uniform_mass(alpha, weight_ptr, TOTAL_CLASSES, SOFT_TARGETS), z_weight, loss_ptr, lse_ptr, target_sum_ptr,
-            None, SOFT_TARGETS or label_smoothing is not None, N_CLASSES, DTYPE,
+            None, SOFT_TARGETS or label_smoothing is not None, CLUSTER, N_CLASSES,
         )  # fmt: skip
     else:
         store_ignored_row(row, loss_ptr, lse_ptr, target_sum_ptr)

@@ -212,7 +212,7 @@ def _plan(
     in_place: bool = False,
 ) -> Launch:
     if config is None:
-        config = tuning.choose(kernel, problem)
+        config = tuning.choose(kernel, problem, in_place=in_place)
     constants = {
         # Row length and strides are constants: as run-time values they would cost the 16-byte loads under jax-triton.
         "N_CLASSES": problem.n_classes,
@@ -233,6 +233,7 @@ def _plan(
         programs *= constants["BLOCKS_PER_ROW"]
     else:
         constants["UNROLL"] = config.unroll
+        constants["CLUSTER"] = config.num_ctas > 1
         constants["OVERLAPPED"] = problem.overlapped and _signals_cheaply(problem)
     if kernel != "stats":
         constants["DLOGITS_STRIDE"] = problem.dlogits_stride or problem.n_classes

@@ -26,56 +26,88 @@ class Config:
     max_registers: int | None = None
 
 
-# (longest row in bytes, configuration); behind each row the kernel's time as a multiple of copying the logits once, for
-# FUSED also with the gradient over the logits. NVIDIA H200, bf16, Triton 3.9, torch 2.11, 2026-11-24: the best that
-# held in two sweeps of up to 100 configurations a shape, such as `python -m benchmarks tune` makes.
-FUSED = (
-    (2 * 1024, Config(1024, 1)),  # 65536×1000: 1.07, 1.09
-    (2 * 4096, Config(1024, 2, unroll=2)),  # 65536×2048: 1.02, 1.07; 32768×4096: 1.06, 1.11
-    (2 * 12288, Config(2048, 4, unroll=2)),  # 16384×8192: 1.06, 1.07
-    (2 * 20480, Config(4096, 8, unroll=4, backwards=True)),  # 16384×16384: 1.05, 1.06
-    # 8192×32000: 1.03, 1.06. Without the limit JAX's launch, whose labels are 4 bytes, takes 44 registers: 1.19.
-    (2 * 40000, Config(8192, 16, unroll=2, backwards=True, max_registers=40)),
-    (2 * 57344, Config(8192, 32, unroll=4, max_registers=32)),  # 8192×50304: 1.10, 1.12
-    (2 * 65536, Config(16384, 32, unroll=4, max_registers=32)),  # 4096×65536: 1.03, 1.09
-    # Without clusters; 4096×128256: 1.29, 1.29; 4096×151936: 1.32, 1.34; with a soft cap 4096×128256: 1.90.
-    (None, Config(16384, 32, unroll=2, backwards=True, max_registers=32)),
+# (longest row in bytes, configuration); behind each row the kernel's time as a multiple of copying the logits once.
+# NVIDIA H200, bf16, Triton 3.9, torch 2.11, 2026-11-24: the best of sweeps such as `python -m benchmarks tune` makes.
+SHORT = (
+    (2 * 1024, Config(1024, 1)),  # 65536×1000: 1.08; with the gradient over the logits 1.11
+    (2 * 3072, Config(1024, 2, unroll=2)),  # 65536×2048: 1.03, 1.10
 )
-# Rows that start between 16-byte boundaries take registers of their own. 8192×50257: 1.20, 1.19.
-FUSED_SHIFTED = (*FUSED[:4], (2 * 65536, Config(4096, 16, unroll=5, max_registers=48)), FUSED[-1])
-# Rows of logits and rows of soft targets: of reading both and writing one. 8192×32000: 1.10.
-FUSED_SOFT = (*FUSED[:3], (2 * 65536, Config(8192, 16, unroll=2, max_registers=64)), FUSED[-1])
+LONGEST = (None, Config(16384, 32, unroll=3, backwards=True, max_registers=32))  # 4096×128256 with a soft cap: 1.88
+FUSED = (
+    *SHORT,
+    (2 * 6144, Config(2048, 4, unroll=2)),  # 32768×4096: 1.02
+    (2 * 12288, Config(4096, 8, unroll=2)),  # 16384×8192: 1.01
+    (2 * 20480, Config(4096, 8, unroll=2, backwards=True)),  # 16384×16384: 1.02
+    # 8192×32000: 1.03. Without the limit JAX's launch, whose labels are 4 bytes, takes 44 registers.
+    (2 * 40000, Config(8192, 16, unroll=3, backwards=True, max_registers=40)),
+    (2 * 57344, Config(8192, 32, unroll=4, max_registers=32)),  # 8192×50304: 1.06
+    (2 * 65536, Config(16384, 32, unroll=4, max_registers=32)),  # 4096×65536: 1.05
+    LONGEST,
+)
+# The gradient over the logits.
+FUSED_IN_PLACE = (
+    *SHORT,
+    (2 * 6144, Config(1024, 2, unroll=4)),  # 32768×4096: 1.06
+    (2 * 12288, Config(2048, 4, unroll=2)),  # 16384×8192: 1.06
+    (2 * 20480, Config(4096, 16, unroll=2)),  # 16384×16384: 1.07
+    (2 * 40000, Config(8192, 16, unroll=3, backwards=True, max_registers=40)),  # 8192×32000: 1.05
+    (2 * 65536, Config(16384, 32, max_registers=32)),  # 8192×50304: 1.07; 4096×65536: 1.08
+    LONGEST,
+)
+# Rows that start between 16-byte boundaries take registers of their own.
+FUSED_SHIFTED = (
+    SHORT[0],
+    (2 * 4096, Config(1024, 2, unroll=2)),
+    (2 * 12288, Config(2048, 4, unroll=2)),
+    (2 * 20480, Config(4096, 8, unroll=4, backwards=True)),
+    (2 * 65536, Config(4096, 16, unroll=5, max_registers=48)),  # 8192×50257: 1.19, in place 1.17
+    LONGEST,
+)
+# Rows of logits and rows of soft targets: of reading both and writing one.
+FUSED_SOFT = (
+    *FUSED_SHIFTED[:3],
+    (2 * 65536, Config(8192, 16, unroll=2, max_registers=64)),
+    LONGEST,
+)  # 8192×32000: 1.09
 # A row spread over neighbouring multiprocessors: fewer rows in flight, so that the second read finds them in L2.
 FUSED_CLUSTERS = (
-    (2 * 200000, Config(32768, 8, 8, unroll=2, backwards=True, max_registers=40)),  # 128256, 151936: 1.26, 1.25
-    (2 * 400000, Config(65536, 8, 8, unroll=2, backwards=True, max_registers=64)),  # 2048×262144: 1.28, 1.25
-    (None, Config(65536, 16, 8, unroll=3, backwards=True, max_registers=64)),  # 1024×524288: 1.43; 512×1048576: 1.48
+    (2 * 200000, Config(32768, 8, 8, unroll=2, backwards=True, max_registers=40)),  # 128256: 1.19; 151936: 1.21
+    (2 * 400000, Config(65536, 8, 8, unroll=2, backwards=True, max_registers=56)),  # 2048×262144: 1.23
+    (None, Config(131072, 16, 8, unroll=2, backwards=True, max_registers=64)),  # 1024×524288: 1.29; 512×1048576: 1.40
 )
-FUSED_CLUSTERS_SOFT = ((None, Config(32768, 8, 4, unroll=2, backwards=True, max_registers=80)),)  # 4096×128256: 1.47
+FUSED_CLUSTERS_IN_PLACE = (
+    (2 * 140000, Config(32768, 8, 4, unroll=3, backwards=True, max_registers=64)),  # 4096×128256: 1.18
+    (2 * 200000, Config(16384, 8, 8, unroll=6, backwards=True, max_registers=40)),  # 4096×151936: 1.21
+    (2 * 400000, Config(65536, 8, 8, unroll=2, backwards=True, max_registers=64)),  # 2048×262144: 1.19
+    FUSED_CLUSTERS[-1],  # 1024×524288: 1.27; 512×1048576: 1.41
+)
+FUSED_CLUSTERS_SOFT = ((None, Config(32768, 8, 8, unroll=2, backwards=True, max_registers=64)),)  # 4096×128256: 1.38
 STATS = (
     (2 * 1024, Config(1024, 1)),  # 65536×1000: 0.92 of a training step's copy
     (2 * 16384, Config(1024, 4)),  # 16384×8192: 0.50
     (2 * 200000, Config(2048, 4)),  # 8192×32000: 0.49; 8192×50304: 0.50; 4096×128256: 0.48
-    (None, Config(4096, 16)),  # 2048×262144: 0.48
+    (None, Config(2048, 8)),  # 2048×262144: 0.48
 )
-STATS_SHIFTED = (*STATS[:2], (None, Config(2048, 8)))  # 8192×50257: 0.50, with half the warps 0.51
+STATS_SHIFTED = (*STATS[:2], (None, Config(2048, 8)))  # 8192×50257: 0.49
 STATS_FEW_ROWS = ((None, Config(16384, 8, 8)),)  # 32×128256
 GRAD = (
     (2 * 1024, Config(1024, 1)),
-    (None, Config(2048, 2)),  # 16384×8192: 1.05; 8192×32000: 1.04; 8192×50257: 1.14; 4096×128256: 1.04
+    (None, Config(2048, 2)),  # 16384×8192: 1.05; 8192×32000: 1.05; 8192×50257: 1.14; 4096×128256: 1.03
 )
 # Rows from which clusters are worth their barriers, in bytes; fewer rows than this leave multiprocessors idle.
 LONG_ROW, FEW_ROWS = 2 * 65536, 132
 
 
-def choose(kernel: str, problem: Problem) -> Config:
+def choose(kernel: str, problem: Problem, *, in_place: bool = False) -> Config:
     """The configuration for a kernel on a problem."""
     row_bytes = problem.row_bytes
     long = problem.clusters and row_bytes > LONG_ROW
     if kernel == "fused":
-        alone, clusters = (FUSED_SHIFTED if problem.shifted else FUSED), FUSED_CLUSTERS
+        alone, clusters = (FUSED_IN_PLACE, FUSED_CLUSTERS_IN_PLACE) if in_place else (FUSED, FUSED_CLUSTERS)
         if problem.soft_targets:
             alone, clusters = FUSED_SOFT, FUSED_CLUSTERS_SOFT
+        elif problem.shifted:
+            alone = FUSED_SHIFTED
         # Clusters save bandwidth, which a soft cap of hard labels does not use up.
         table = clusters if long and (problem.soft_targets or not problem.softcap) else alone
     elif kernel == "stats":

@@ -19,8 +19,8 @@ class Case:
     """One problem: n_rows × n_classes logits of a dtype and spread sigma, the labels' pattern, and the loss's options.
 
     labels: "hard", "ignored" (some rows), "all_ignored", "invalid" (some out of range), "soft", "one_hot" (soft).
-    logits: "normal", "masked" (−inf classes, never the label), "masked_tile" (a long run of −inf), "lowest"
-    (classes masked by the dtype's lowest number), "confident".
+    logits: "normal", "masked" (−inf classes, never the label), "masked_tile" (a long run of −inf),
+    "masked_start" (the first half), "lowest" (classes masked by the dtype's lowest number), "confident".
     """
 
     name: str
@@ -85,6 +85,19 @@ CASES = [
     Case("soft_all_options_fp64", 6, 200, "float64", labels="soft", weighted=True, options=ALL),
 ]
 
+# Long enough for several steps of rows that are spread over multiprocessors.
+CLUSTER_CASES = [
+    Case("clusters", 3, 4200, "bfloat16"),
+    Case("clusters_shifted", 3, 4201, "bfloat16"),
+    Case("clusters_smoothing", 3, 4200, options={"label_smoothing": 0.1}),
+    Case("clusters_weight_smoothing", 3, 2100, weighted=True, options={"label_smoothing": 0.2}),
+    Case("clusters_soft", 3, 4200, "bfloat16", labels="soft"),
+    Case("clusters_masked_start", 3, 1000, logits="masked_start"),
+    Case("clusters_lowest", 3, 2100, "bfloat16", logits="lowest"),
+    Case("clusters_confident", 3, 2100, sigma=1.0, logits="confident"),
+    Case("clusters_fp64", 3, 2100, "float64", options={"label_smoothing": 0.1}),
+]
+
 
 @dataclass
 class Arrays:
@@ -108,8 +121,8 @@ def make(case: Case) -> Arrays:
     if case.logits == "lowest":
         logits[rng.random(shape) < 0.3] = ml_dtypes.finfo(NUMPY[case.dtype]).min
         logits[rows, labels] = 1.0
-    if case.logits == "masked_tile":
-        logits[:, 5 : case.n_classes // 2] = -np.inf
+    if case.logits in ("masked_tile", "masked_start"):
+        logits[:, 5 * (case.logits == "masked_tile") : case.n_classes // 2] = -np.inf
         labels[:] = case.n_classes - 1
     if case.logits == "confident":
         logits[rows, labels] = 90.0

@@ -66,3 +66,25 @@ def nan_filled_outputs(monkeypatch):
 def rng(request):
     """A generator seeded by the test's name."""
     return np.random.default_rng(list(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def clusters(monkeypatch):
+    """PyTorch's launches spread rows over eight multiprocessors, in steps of 2048 columns of two bytes."""
+    from ce_kernels import launch, tuning
+    from torch_api import launch as torch_launch
+
+    def forget():
+        for plan in (launch.plan_stats, launch.plan_grad, launch.plan_fused):
+            plan.cache_clear()
+        for plan in (torch_launch._plan_stats, torch_launch._plan_grad, torch_launch._plan_fused):
+            plan.cache_clear()
+
+    forget()
+    if not HAS_GPU:
+        monkeypatch.setattr(torch_launch, "has_clusters", lambda capability: True)
+    monkeypatch.setattr(tuning, "LONG_ROW", 0)
+    for table in ("FUSED_CLUSTERS", "FUSED_CLUSTERS_IN_PLACE", "FUSED_CLUSTERS_SOFT", "STATS_FEW_ROWS"):
+        monkeypatch.setattr(tuning, table, ((None, tuning.Config(2048, 1, 8, unroll=2, backwards=True)),))
+    yield
+    forget()

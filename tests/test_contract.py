@@ -3,12 +3,10 @@
 import numpy as np
 import pytest
 
-from benchmarks.shapes import GPT2, GPT2_PADDED
 from tests import oracle
-from tests.cases import CASES, ROUNDOFF, SMALLEST, Arrays, Case, error_constant, make, oracle_options
+from tests.cases import CASES, CLUSTER_CASES, ROUNDOFF, SMALLEST, Arrays, Case, error_constant, make, oracle_options
 from tests.conftest import HAS_GPU
 from tests.frontends import Torch, each_frontend
-from torch_api import launch
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -126,11 +124,8 @@ def test_loss_and_gradients(frontend, reduction, case):
     check_case(frontend, case, reduction)
 
 
-@pytest.mark.parametrize("labels", ["hard", "ignored"])
-@pytest.mark.parametrize("n_classes", [GPT2_PADDED * 2, GPT2 * 2 + 1])
-def test_rows_spread_over_clusters(monkeypatch, n_classes, labels):
-    """What a GPU with clusters runs."""
-    monkeypatch.setattr(launch, "has_clusters", lambda capability: True)
-    case = Case(f"clusters_{n_classes}", 3, n_classes, "bfloat16", labels=labels)
+@pytest.mark.parametrize("case", CLUSTER_CASES, ids=lambda case: case.name)
+def test_rows_spread_over_clusters(clusters, case):
+    """What a GPU with clusters runs on long rows."""
     for reduction in ("mean", "none"):
         check_case(Torch("triton", "cuda" if HAS_GPU else "cpu"), case, reduction)

@@ -11,7 +11,7 @@ import torch
 import ce_kernels
 from ce_kernels import Options, elements, kernels, passes
 from jax_api import sharding
-from tests.cases import CASES
+from tests.cases import CASES, CLUSTER_CASES
 from tests.conftest import HAS_GPU
 from tests.frontends import Jax, Torch
 from tests.test_contract import check_case
@@ -38,8 +38,8 @@ KERNEL_MUTANTS = {
     "z_loss_missing_in_gradient": ("a = a + 2.0 * z_loss * lse", "a = a + 0.0 * z_loss"),
     "z_loss_missing_in_loss": ("loss += z_loss * lse * lse", "loss += 0.0 * z_loss"),
     "padded_lanes_counted": (
-        'mask=mask, other=float("-inf"), eviction_policy=EVICTION).to(DTYPE)',
-        "mask=mask, other=0.0, eviction_policy=EVICTION).to(DTYPE)",
+        'mask=mask, other=float("-inf"), eviction_policy=EVICTION)',
+        "mask=mask, other=0.0, eviction_policy=EVICTION)",
     ),
     "neighbouring_rows_counted": (
         'r = tl.where((position >= shift) & (position < shift + N_CLASSES), r, float("-inf"))',
@@ -72,6 +72,15 @@ KERNEL_MUTANTS = {
     "ignored_rows_counted": (
         "tl.store(loss_ptr + row, 0.0)",
         "tl.store(loss_ptr + row, 1.0)",
+    ),
+}
+
+CLUSTER_MUTANTS = {
+    "merged_sums_not_rescaled": ("return larger, d * power(", "return larger, d + 0.0 * power("),
+    "masked_groups_poison": ('shift_by = tl.where(larger == float("-inf"), 0.0, larger)', "shift_by = larger"),
+    "spread_of_one_group_lost": (
+        "return m, d, qx + other_qx, q_sum + other_q_sum",
+        "return m, d, qx + other_qx, q_sum",
     ),
 }
 
@@ -150,6 +159,13 @@ def test_kernel_mutant_is_killed(name, tmp_path, monkeypatch):
     mutant = load_kernels(*KERNEL_MUTANTS[name], tmp_path, monkeypatch)
     use(mutant, monkeypatch)
     assert not all(survives(frontend, case) for frontend, case in KILLERS), f"mutant {name} survives"
+
+
+@pytest.mark.parametrize("name", CLUSTER_MUTANTS)
+def test_mutant_on_clusters_is_killed(clusters, name, tmp_path, monkeypatch):
+    use(load_kernels(*CLUSTER_MUTANTS[name], tmp_path, monkeypatch), monkeypatch)
+    frontend = Torch("triton", DEVICE)
+    assert not all(survives(frontend, case) for case in CLUSTER_CASES), f"mutant {name} survives"
 
 
 def test_unmutated_kernels_survive(tmp_path, monkeypatch):
