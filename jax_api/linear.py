@@ -1,12 +1,10 @@
 """Cross-entropy of a linear head without its logits. The formula stands in `ce_kernels.spec`."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import AxisType
 from jax.typing import ArrayLike, DTypeLike
 
 from ce_kernels import Options
@@ -17,7 +15,10 @@ from jax_api.backend import choose_implementation
 from jax_api.launch import vary, varying_axes
 from jax_api.linear_chunks import Head, LinearStatic
 from jax_api.linear_rules import jitted_loss, jitted_rows
+from jax_api.linear_sharding import aligned, varied
 from jax_api.losses import RowOutputs, _divisor, _index_rows, _names, _Rows, as_array, facts_of
+from jax_api.reference import is_soft
+from jax_api.rules import in_reverse_mode
 from jax_api.static import Static
 
 
@@ -98,14 +99,14 @@ def linear_cross_entropy(
     head = _arrays(hidden, weight, labels, bias, class_weight)
     choices = _Choices(class_axis, dtype, max_logits_bytes, accumulation, axis_name, implementation)
     static = _static(head, options, choices)
-    rows, shape = _rows(head, static), head.hidden.shape[:-1]
+    rows = _rows(head, static)
     if reduction == "none":
-        return jitted_rows(static, rows).loss.reshape(shape)
+        return in_reverse_mode(jitted_rows, static, rows).loss
     divisor = _divided_by(rows, static, 1.0 if reduction == "sum" else denominator)
     if static.dtype == jnp.float16:
         # Loss scaling exists because p / N is below fp16's range: round only after the upstream gradient is known.
-        return jitted_rows(static, rows).loss.sum() / divisor
-    return jitted_loss(static, rows, divisor)
+        return in_reverse_mode(jitted_rows, static, rows).loss.sum() / divisor
+    return in_reverse_mode(jitted_loss, static, rows, divisor)
 
 
 def linear_cross_entropy_rows(
@@ -150,9 +151,8 @@ def linear_cross_entropy_rows(
     head = _arrays(hidden, weight, labels, bias, class_weight)
     choices = _Choices(class_axis, dtype, max_logits_bytes, accumulation, axis_name, implementation)
     static = _static(head, options, choices, with_argmax=True)
-    out = jitted_rows(static, _rows(head, static))
-    shape = head.hidden.shape[:-1]
-    return RowOutputs(*(array.reshape(shape) for array in (out.loss, out.lse, out.predicted)))  # pyright: ignore
+    out = in_reverse_mode(jitted_rows, static, _rows(head, static))
+    return RowOutputs(out.loss, out.lse, out.predicted)  # pyright: ignore
 
 
 def _arrays(
@@ -180,7 +180,6 @@ class _Choices(NamedTuple):
 
 def _static(head: Head, options: Options, choices: _Choices, *, with_argmax: bool = False) -> LinearStatic:
     """What is known without data, after checking the arrays."""
-    _check_sharding(head)
     check_chunking(choices.max_logits_bytes, choices.accumulation)
     hidden, weight = facts_of("hidden", head.hidden), facts_of("weight", head.weight)
     bias = None if head.bias is None else facts_of("bias", head.bias)
@@ -200,33 +199,11 @@ def _static(head: Head, options: Options, choices: _Choices, *, with_argmax: boo
     return LinearStatic(rows, choices.class_axis, choices.max_logits_bytes, choices.accumulation, dtype)
 
 
-def _check_sharding(head: Head) -> None:
-    """Raises ValueError for arrays whose types say that they are sharded: chunks of rows would cut across devices."""
-    for name, x in head._asdict().items():
-        if x is None:
-            continue
-        sharding = jax.typeof(x).sharding
-        if AxisType.Explicit in sharding.mesh.axis_types:
-            fail(
-                ValueError,
-                f"{name} sharded as {sharding.spec} over explicit mesh axes",
-                "a device's own rows: chunks of all rows would cut across devices",
-                "jax.shard_map around the call, with axis_name where the classes are sharded",
-            )
-
-
 def _rows(head: Head, static: LinearStatic) -> Head:
-    """The arrays as rows, varying over the same mesh axes, so that gradients are summed over those an array lacks."""
-    width, n_classes = head.hidden.shape[-1], head.weight.shape[static.class_axis]
-    n_rows = math.prod(head.hidden.shape[:-1])
-    soft = head.target.ndim == head.hidden.ndim
-    rows = head._replace(
-        hidden=head.hidden.reshape(n_rows, width),
-        target=head.target.reshape(n_rows, n_classes) if soft else _index_rows(head.target).reshape(n_rows),
-    )
-    axes = varying_axes(*jax.tree.leaves(rows), *(lax.axis_index(name) for name in static.rows.axis_name))
-    varied = jax.tree.map(lambda x: vary(x, axes), rows)
-    return varied if soft else varied._replace(target=rows.target)
+    """The arrays sharded alike, varying over the same mesh axes: gradients are summed over those an array lacks."""
+    if not is_soft(head.target):
+        head = head._replace(target=_index_rows(head.target))
+    return varied(aligned(static, head), *(lax.axis_index(name) for name in static.rows.axis_name))
 
 
 def _divided_by(head: Head, static: LinearStatic, denominator: ArrayLike | None) -> Array:

@@ -4,11 +4,12 @@
     fused   loss, lse, s and the gradients of Σ loss / denominator     three matmuls
     grad    gradients for any upstream gradients of loss and lse       three matmuls, one for the logits again
 
-Chunks have equal length, so that the loop's body is compiled once; the last one ends with the last row and goes over
-some rows again: their results are written twice, and only the sums over rows must leave them out the second time.
-Under `jax.vmap` the mapped elements run one after the other, for the same reason as chunks do.
+Arrays are local: `jax_api.linear_sharding` makes them so. Chunks have equal length, so that the loop's body is compiled
+once; the last one ends with the last row and goes over some rows again: their results are written twice, and only the
+sums over rows must leave them out the second time.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,17 +18,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_batching import sequential_vmap
 
 from ce_kernels.linear import chunk_rows
-from jax_api import sharding
+from jax_api import slices
 from jax_api.launch import vary, varying_axes
 from jax_api.reference import Upstream
+from jax_api.slices import Names
 from jax_api.static import Static, Stats
 
 
 class Head(NamedTuple):
-    """hidden [N, D], weight [D, V] or [V, D], bias [V], target [N] or [N, V], class_weight [V]."""
+    """hidden [..., D], weight [D, V] or [V, D], bias [V], target [...] or [..., V], class_weight [V]."""
 
     hidden: Array
     weight: Array
@@ -57,68 +58,69 @@ class Wanted:
 
 @dataclass(frozen=True)
 class LinearStatic:
-    """What is known at trace time. class_axis: that of weight; dtype: the logits'."""
+    """What is known at trace time. class_axis: that of weight; dtype: the logits'.
+
+    summed_hidden, summed_weight: mesh axes over which the gradients of hidden, and of weight and bias, are summed here.
+    """
 
     rows: Static
     class_axis: int
     max_logits_bytes: int
     accumulation: str
     dtype: jnp.dtype
+    summed_hidden: Names = ()
+    summed_weight: Names = ()
 
 
 def stats(static: LinearStatic, head: Head) -> Stats:
     """Statistics of every row."""
 
     def step(out: Stats, chunk: _Chunk) -> Stats:
-        found = sharding.stats(static.rows, chunk.logits, chunk.target, chunk.class_weight)
+        found = slices.stats(static.rows, static.rows.axis_name, chunk.logits, chunk.target, chunk.class_weight)
         return jax.tree.map(chunk.written, out, found)
 
-    def run(head: Head) -> Stats:
-        rows = _zero_rows(static, head)
-        predicted = rows.astype(jnp.int32) if static.rows.with_argmax else None
-        return _over_chunks(static, head, Stats(rows, rows, rows, predicted), step)
-
-    return sequential_vmap(run)(head)
+    rows = _zero_rows(static, head)
+    predicted = rows.astype(jnp.int32) if static.rows.with_argmax else None
+    return _in_shape_of(head, _over_chunks(static, head, Stats(rows, rows, rows, predicted), step))
 
 
 def fused(static: LinearStatic, wanted: Wanted, head: Head, denominator: Array) -> tuple[Stats, Gradients]:
-    """Statistics of every row, and the gradients of Σ loss / denominator, a scalar."""
+    """Statistics of every row, and the gradients of Σ loss / denominator, given for every row."""
+    denominator = denominator.reshape(-1)
 
-    def run(head: Head, denominator: Array) -> tuple[Stats, Gradients]:
-        def step(carry, chunk: _Chunk):
-            out, sums = carry
-            each = jnp.broadcast_to(denominator, chunk.target.shape[:1])
-            found, dlogits = sharding.fused(static.rows, chunk.logits, chunk.target, chunk.class_weight, each)
-            return jax.tree.map(chunk.written, out, found), _added(static, sums, chunk, dlogits)
+    def step(carry, chunk: _Chunk):
+        out, sums = carry
+        arrays = (chunk.logits, chunk.target, chunk.read(denominator), chunk.class_weight)
+        found, dlogits = slices.fused(static.rows, static.rows.axis_name, *arrays)
+        return jax.tree.map(chunk.written, out, found), _added(static, sums, chunk, dlogits)
 
-        rows = _zero_rows(static, head)
-        carry = (Stats(rows, rows, rows, None), _zero_gradients(static, wanted, head))
-        out, sums = _over_chunks(static, head, carry, step)
-        return out, _finished(head, sums)
-
-    return sequential_vmap(run)(head, denominator)
+    rows = _zero_rows(static, head)
+    carry = (Stats(rows, rows, rows, None), _zero_gradients(static, wanted, head))
+    out, sums = _over_chunks(static, head, carry, step)
+    return _in_shape_of(head, out), _finished(static, head, sums)
 
 
 def grad(static: LinearStatic, wanted: Wanted, head: Head, upstream: Upstream) -> Gradients:
     """Gradients for any upstream gradients."""
+    upstream = jax.tree.map(lambda x: x.reshape(-1), upstream)
 
-    def run(head: Head, upstream: Upstream) -> Gradients:
-        def step(sums: Gradients, chunk: _Chunk) -> Gradients:
-            own = jax.tree.map(chunk.read, upstream)
-            dlogits, dtarget = sharding.grad(static.rows, chunk.logits, chunk.target, chunk.class_weight, own)
-            sums = _added(static, sums, chunk, dlogits)
-            if sums.target is None or dtarget is None:
-                return sums
-            return sums._replace(target=chunk.written(sums.target, dtarget))
+    def step(sums: Gradients, chunk: _Chunk) -> Gradients:
+        own = jax.tree.map(chunk.read, upstream)
+        names = static.rows.axis_name
+        dlogits, dtarget = slices.grad(static.rows, names, chunk.logits, chunk.target, *own, chunk.class_weight)
+        sums = _added(static, sums, chunk, dlogits)
+        if sums.target is None or dtarget is None:
+            return sums
+        return sums._replace(target=chunk.written(sums.target, dtarget))
 
-        return _finished(head, _over_chunks(static, head, _zero_gradients(static, wanted, head), step))
-
-    return sequential_vmap(run)(head, upstream)
+    sums = _over_chunks(static, head, _zero_gradients(static, wanted, head), step)
+    return _finished(static, head, sums)
 
 
 def logits_of(static: LinearStatic, hidden: Array, weight: Array, bias: Array | None) -> Array:
     """hidden @ weight + bias in the logits' dtype, as an unfused head computes them."""
-    logits = _matmul(hidden.astype(static.dtype), weight.astype(static.dtype), 1, 1 - static.class_axis)
+    rows = hidden.ndim - 1
+    logits = _matmul(hidden.astype(static.dtype), weight.astype(static.dtype), rows, 1 - static.class_axis)
     return logits if bias is None else logits + bias.astype(static.dtype)
 
 
@@ -146,19 +148,21 @@ class _Chunk:
 def _over_chunks[Carry](
     static: LinearStatic, head: Head, carry: Carry, step: Callable[[Carry, _Chunk], Carry]
 ) -> Carry:
-    n_rows, n_classes = head.hidden.shape[0], head.weight.shape[static.class_axis]
+    n_rows, n_classes = math.prod(head.hidden.shape[:-1]), head.weight.shape[static.class_axis]
     if n_rows == 0:
         return carry
     rows = chunk_rows(n_rows, n_classes, static.dtype.itemsize, static.max_logits_bytes, equal=True)
     count = -(-n_rows // rows)
-    hidden, weight = head.hidden.astype(static.dtype), head.weight.astype(static.dtype)
+    hidden = head.hidden.reshape(n_rows, -1).astype(static.dtype)
+    target = head.target.reshape(n_rows, *head.target.shape[head.hidden.ndim - 1 :])
+    weight = head.weight.astype(static.dtype)
 
     def body(carry, i):
         start = jnp.minimum(i * rows, n_rows - rows)
         part = partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=rows)
         fresh = None if count * rows == n_rows else start + jnp.arange(rows) >= i * rows
         logits = logits_of(static, part(hidden), weight, head.bias)
-        chunk = _Chunk(start, fresh, part(hidden), weight, logits, part(head.target), head.class_weight)
+        chunk = _Chunk(start, fresh, part(hidden), weight, logits, part(target), head.class_weight)
         return step(carry, chunk), None
 
     if count == 1:
@@ -168,19 +172,24 @@ def _over_chunks[Carry](
 
 def _zero_rows(static: LinearStatic, head: Head) -> Array:
     # Statistics are those of whole rows: slices of the vocabulary have them in common.
-    zeros = jnp.zeros(head.hidden.shape[:1], jnp.promote_types(static.dtype, jnp.float32))
+    zeros = jnp.zeros(math.prod(head.hidden.shape[:-1]), jnp.promote_types(static.dtype, jnp.float32))
     return vary(zeros, varying_axes(head.hidden) - set(static.rows.axis_name))
+
+
+def _in_shape_of(head: Head, out: Stats) -> Stats:
+    return jax.tree.map(lambda x: x.reshape(head.hidden.shape[:-1]), out)
 
 
 def _zero_gradients(static: LinearStatic, wanted: Wanted, head: Head) -> Gradients:
     wide = jnp.promote_types(head.weight.dtype, jnp.float32)
     # Sums are as wide as the parameter, and float32 at the least, unless rounding every partial sum is allowed.
     narrow = static.accumulation == "parameter" and head.weight.dtype == static.dtype
+    n_rows, n_classes = math.prod(head.hidden.shape[:-1]), head.weight.shape[static.class_axis]
     return Gradients(
-        hidden=_zeros(head, head.hidden.shape, head.hidden.dtype) if wanted.hidden else None,
+        hidden=_zeros(head, (n_rows, head.hidden.shape[-1]), head.hidden.dtype) if wanted.hidden else None,
         weight=_zeros(head, head.weight.shape, static.dtype if narrow else wide) if wanted.weight else None,
         bias=_zeros(head, head.bias.shape, wide) if wanted.bias and head.bias is not None else None,
-        target=_zeros(head, head.target.shape, head.target.dtype) if wanted.target else None,
+        target=_zeros(head, (n_rows, n_classes), head.target.dtype) if wanted.target else None,
     )
 
 
@@ -205,13 +214,19 @@ def _added(static: LinearStatic, sums: Gradients, chunk: _Chunk, dlogits: Array)
     return sums._replace(hidden=dhidden, weight=dweight, bias=dbias)
 
 
-def _finished(head: Head, sums: Gradients) -> Gradients:
-    """In the dtypes of what they are gradients of."""
+def _finished(static: LinearStatic, head: Head, sums: Gradients) -> Gradients:
+    """In the shapes and dtypes of what they are gradients of, summed over what other devices have."""
+
+    def finished(x: Array | None, like: Array | None, names: Names) -> Array | None:
+        if x is None or like is None:
+            return None
+        return (lax.psum(x, names) if names else x).astype(like.dtype).reshape(like.shape)
+
     return Gradients(
-        sums.hidden,
-        None if sums.weight is None else sums.weight.astype(head.weight.dtype),
-        None if sums.bias is None or head.bias is None else sums.bias.astype(head.bias.dtype),
-        sums.target,
+        finished(sums.hidden, head.hidden, static.summed_hidden),
+        finished(sums.weight, head.weight, static.summed_weight),
+        finished(sums.bias, head.bias, static.summed_weight),
+        finished(sums.target, head.target, ()),
     )
 
 

@@ -1,4 +1,4 @@
-"""Derivatives of a linear head: custom_vjp over the chunk loops of `jax_api.linear_chunks`.
+"""Derivatives of a linear head: custom_vjp over the chunk loops of `jax_api.linear_sharding`.
 
     linear_rows   Stats of rows, for any upstream gradients of loss and lse: logits again in the backward
     linear_loss   Σ loss / denominator with the gradients computed in the forward: three matmuls in all
@@ -17,7 +17,7 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
 from ce_kernels.spec import fail
-from jax_api import linear_chunks
+from jax_api import linear_sharding
 from jax_api.linear_chunks import Gradients, Head, LinearStatic, Wanted, logits_of
 from jax_api.losses import cross_entropy_rows
 from jax_api.reference import Upstream, is_soft
@@ -32,7 +32,7 @@ def _differentiable[R](function: Callable[..., R], statics: int = 1) -> jax.cust
 @_differentiable
 def linear_rows(static: LinearStatic, head: Head) -> Stats:
     """loss, lse, s and argmax per row; loss and lse differentiable together or alone."""
-    return linear_chunks.stats(static, head)
+    return linear_sharding.stats(static, head)
 
 
 def _linear_rows_fwd(static, head):
@@ -55,7 +55,7 @@ linear_rows.defvjp(_linear_rows_fwd, _linear_rows_bwd, symbolic_zeros=True)
 
 def _row_gradients(static: LinearStatic, wanted: Wanted, head: Head, upstream: Upstream) -> Gradients:
     """The backward of linear_rows; lse and target_sum count as functions of the head."""
-    return linear_chunks.grad(static, wanted, head, upstream)
+    return linear_sharding.grad(static, wanted, head, upstream)
 
 
 row_gradients = _differentiable(_row_gradients, statics=2)
@@ -83,7 +83,7 @@ row_gradients.defvjp(_row_gradients_fwd, _row_gradients_bwd)
 
 def _fused_gradients(static: LinearStatic, wanted: Wanted, head: Head, denominator: Array) -> tuple[Stats, Gradients]:
     """linear_rows, and the gradients of Σ loss / denominator, in one loop."""
-    return linear_chunks.fused(static, wanted, head, denominator)
+    return linear_sharding.fused(static, wanted, head, denominator)
 
 
 fused_gradients = _differentiable(_fused_gradients, statics=2)
@@ -113,7 +113,7 @@ fused_gradients.defvjp(_fused_gradients_fwd, _fused_gradients_bwd)
 @_differentiable
 def linear_loss(static: LinearStatic, head: Head, denominator: Array) -> Array:
     """Σ loss / denominator. Without a gradient it is one matmul."""
-    return linear_chunks.stats(static, head).loss.sum() / denominator
+    return linear_sharding.stats(static, head).loss.sum() / denominator
 
 
 def _linear_loss_fwd(static, head, denominator):

@@ -168,6 +168,6 @@ def in_reverse_mode[R](function: Callable[..., R], *arguments) -> R:
     fail(
         TypeError,
         "forward-mode differentiation (jax.jvp, jax.jacfwd, jax.hessian)",
-        "reverse mode, or first derivatives of reduction='mean' or 'sum'",
+        "reverse mode, or first derivatives of cross_entropy's reduction='mean' or 'sum'",
         "jax.vjp or jax.jacrev; jax.jacrev(jax.grad(f)) for a Hessian",
     )

@@ -57,7 +57,20 @@ def _operation(body: Callable, static: Static) -> Callable:
 
 
 def _on_any_mesh(body: Callable, static: Static, *arrays):
-    mesh = mesh_of(arrays[0])
+    static, mesh, kind = how_to_run(static, arrays[0])
+    if kind == AxisType.Explicit:
+        return _explicit(partial(body, static), static.axis_name, mesh, *arrays)
+    if kind == AxisType.Manual:
+        return body(static, static.axis_name, *arrays)
+    return _partitioned(partial(body, static), mesh, *arrays)
+
+
+def how_to_run(static: Static, array: Array) -> tuple[Static, Any, AxisType]:
+    """What can run on the mesh around the call, that mesh, and whose part it is to make arrays local; Manual: nobody's.
+
+    ValueError where the kernels are asked for and cannot run.
+    """
+    mesh = mesh_of(array)
     kinds = set(mesh.axis_types)
     auto = any(kind == AxisType.Auto and size > 1 for kind, size in zip(mesh.axis_types, mesh.axis_sizes, strict=True))
     if auto and kinds != {AxisType.Auto}:
@@ -71,12 +84,10 @@ def _on_any_mesh(body: Callable, static: Static, *arrays):
             )
         static = replace(static, implementation="reference")
     if AxisType.Explicit in kinds:
-        return _explicit(partial(body, static), static.axis_name, mesh, *arrays)
+        return static, mesh, AxisType.Explicit
     # Triton's interpreter is a host callback, which custom_partitioning cannot hold.
     callback = static.implementation == "triton" and interpreting()
-    if callback or AxisType.Manual in kinds:
-        return body(static, static.axis_name, *arrays)
-    return _partitioned(partial(body, static), mesh, *arrays)
+    return static, mesh, AxisType.Manual if callback or AxisType.Manual in kinds else AxisType.Auto
 
 
 def mesh_of(array: Array) -> Any:
@@ -101,15 +112,15 @@ def _explicit(body: Callable, names: Names, mesh: Any, *arrays):
     shapes = jax.eval_shape(
         partial(body, names), *jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), arrays)
     )
+    out_specs = jax.tree.map(lambda shape: _spec(spec, len(shape.shape), rank), shapes)
+    return over_axes(partial(body, names + names_of(spec[-1])), mesh, used, specs, out_specs)(*arrays)
+
+
+def over_axes(body: Callable, mesh: Any, axes: set[str], in_specs: Any, out_specs: Any) -> Callable:
+    """body in a shard_map over more axes, inside of another or not."""
     manual = mesh.manual_axes
-    return jax.shard_map(
-        partial(body, names + names_of(spec[-1])),
-        mesh=mesh,
-        in_specs=specs,
-        out_specs=jax.tree.map(lambda shape: _spec(spec, len(shape.shape), rank), shapes),
-        axis_names=used,
-        check_vma=not manual or tracks_varying(manual),
-    )(*arrays)
+    checked = not manual or tracks_varying(manual)
+    return jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=checked)
 
 
 def joint_spec(logits: Array, target: Array) -> tuple:
@@ -145,13 +156,10 @@ def _partitioned(body: Callable, mesh: Any, *arrays):
     logits, target, *rest = arrays
     rank = logits.ndim
     weighted = arrays[-1] is not None
-    if not mesh.empty:
-        # Constrains nothing, and tells the partitioner what the mesh of `jax.set_mesh` is.
-        free = PartitionSpec(*[PartitionSpec.UNCONSTRAINED] * target.ndim)
-        target = lax.with_sharding_constraint(target, NamedSharding(mesh, free))
+    target = tell(mesh, target)
 
     def partition(mesh, operands, results):
-        mesh, spec = _divisible(mesh, operands[0])
+        mesh, spec = divisible(mesh, operands[0])
 
         def sharding(shape):
             return NamedSharding(mesh, _spec(spec, len(shape.shape), rank))
@@ -174,7 +182,15 @@ def _partitioned(body: Callable, mesh: Any, *arrays):
     return operation(logits, target, *rest)
 
 
-def _divisible(mesh: Any, logits: Any) -> tuple[Any, tuple]:
+def tell(mesh: Any, array: Array) -> Array:
+    """The array, constrained to nothing: it tells XLA's partitioner what the mesh of `jax.set_mesh` is."""
+    if mesh.empty:
+        return array
+    free = PartitionSpec(*[PartitionSpec.UNCONSTRAINED] * array.ndim)
+    return lax.with_sharding_constraint(array, NamedSharding(mesh, free))
+
+
+def divisible(mesh: Any, logits: Any) -> tuple[Any, tuple]:
     """The mesh, and the logits' spec without the axes that do not divide their dimension: padding is no class."""
     rank = len(logits.shape)
     if mesh.empty:

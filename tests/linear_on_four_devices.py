@@ -1,5 +1,8 @@
 """linear_cross_entropy with rows and vocabulary sharded over four devices: prints what is right, for a test to read."""
 
+import contextlib
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,9 +29,7 @@ def main() -> None:
     expected = jax.value_and_grad(whole, (0, 1, 2))(*arrays)
 
     def check(name: str, found) -> None:
-        jax.tree.map(
-            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-14, err_msg=name), found, expected
-        )
+        close(found, expected, name)
 
     def head(hidden, kernel, bias, labels, class_weight, names=None, reduction="mean"):
         of_reduction = {"denominator": 7.0} if reduction == "mean" else {"reduction": reduction}
@@ -70,21 +71,80 @@ def main() -> None:
         np.testing.assert_allclose(x, y, rtol=1e-12)
     print("mean and rows: right")
 
-    for of_hidden, of_kernel in ((P("data"), P()), (P(), P(None, "model")), (P("data"), P(None, "model"))):
-        placed = [
-            jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in ((hidden, of_hidden), (kernel, of_kernel))
-        ]
-        placed_labels = jax.device_put(labels, NamedSharding(mesh, P(*of_hidden)))
-        grad = jax.jit(
-            jax.value_and_grad(
-                lambda h, k, b, y: linear_cross_entropy(
-                    h, k, y, b, class_weight, denominator=7.0, max_logits_bytes=400, **OPTIONS
-                ),
-                (0, 1, 2),
-            )
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        for in_context in (False, True):
+            sharded_by_types(kind, in_context)
+        print(f"{kind.name}: right")
+
+
+B, T, D, V = 8, 6, 14, 12
+
+
+def sharded_by_types(kind: AxisType, in_context: bool) -> None:
+    """Under plain jit every device multiplies its own rows and classes, and the weights' gradients are summed once."""
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind,) * 2)
+    rng = np.random.default_rng(1)
+    shapes = ((B, T, D), (D, V), V)
+    arrays = [jnp.asarray(rng.normal(size=shape)) for shape in shapes]
+    labels = jnp.asarray(rng.integers(0, V, (B, T))).at[0, 3].set(-100)
+    soft = jnp.asarray(rng.dirichlet(np.ones(V), (B, T)))
+    class_weight = jnp.asarray(rng.uniform(0.5, 2.0, V))
+
+    def whole(hidden, kernel, bias, labels):
+        return cross_entropy(hidden @ kernel + bias, labels, class_weight, **OPTIONS)
+
+    # Five rows of local classes a chunk at the most.
+    def head(hidden, kernel, bias, labels):
+        return linear_cross_entropy(
+            hidden, kernel, labels, bias, class_weight, max_logits_bytes=5 * V * 8, dtype=jnp.float64, **OPTIONS
         )
-        check("automatic", grad(*placed, bias, placed_labels))
-    print("automatic: right")
+
+    def row_head(*arrays):
+        rows = linear_cross_entropy_rows(arrays[0], arrays[1], arrays[3], arrays[2], max_logits_bytes=5 * V * 8)
+        return (rows.loss * jnp.cos(jnp.arange(T))).sum() + rows.lse.sum(), rows.predicted
+
+    def whole_rows(hidden, kernel, bias, labels):
+        rows = cross_entropy_rows(hidden @ kernel + bias, labels)
+        return (rows.loss * jnp.cos(jnp.arange(T))).sum() + rows.lse.sum(), rows.predicted
+
+    layouts = (
+        # How hidden, kernel and bias are sharded, and the rows and classes a device has.
+        (P("data"), P(), P(), B * T // 2, V),
+        (P("data", "model"), P(), P(), B * T // 4, V),
+        (P(("data", "model")), P(None, ("data", "model")), P(), B * T // 4, V),
+        (P("data"), P(None, "model"), P("model"), B * T // 2, V // 2),
+        (P("data"), P("data", "model"), P("model"), B * T // 2, V // 2),
+        (P("data", None, "model"), P("model", "data"), P(), B * T // 2, V),
+        (P(), P(None, "model"), P(), B * T, V // 2),
+    )
+    with jax.set_mesh(mesh) if in_context else contextlib.nullcontext():
+        for *specs, own_rows, own_classes in layouts:
+            placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)]
+            of_rows = P(*(*specs[0], None, None)[:2])
+            for target in (labels, soft):
+                own = jax.device_put(target, NamedSharding(mesh, of_rows))
+                run = jax.jit(jax.value_and_grad(head, (0, 1, 2)))
+                close(run(*placed, own), jax.value_and_grad(whole, (0, 1, 2))(*arrays, target), f"{kind} {specs}")
+            run = jax.jit(jax.value_and_grad(row_head, (0, 1, 2), has_aux=True))
+            own = jax.device_put(labels, NamedSharding(mesh, of_rows))
+            expected = jax.value_and_grad(whole_rows, (0, 1, 2), has_aux=True)(*arrays, labels)
+            close(run(*placed, own), expected, f"{kind} {specs}, rows")
+            text = jax.jit(jax.value_and_grad(head, (0, 1, 2))).lower(*placed, own).compile().as_text()
+            multiplied = {tuple(map(int, dims.split(","))) for dims in re.findall(r"= f64\[([\d,]+)\]\S* dot\(", text)}
+            chunks = [shape[0] for shape in multiplied if shape[1] == own_classes and shape[0] != D]
+            assert 0 < max(chunks, default=0) * own_classes <= 5 * V, (specs, multiplied)
+            assert {shape[1] for shape in multiplied} == {D, own_classes}, (specs, multiplied)
+            loops = re.findall(r'"known_trip_count":{"n":"(\d+)"', text)
+            assert str(-(-own_rows // max(chunks))) in loops, (specs, own_rows, chunks, loops)
+    if kind == AxisType.Auto:
+        hessian = jax.jit(jax.jacrev(jax.grad(head, 2), 2))(*arrays, labels)
+        close(hessian, jax.jacrev(jax.grad(whole, 2), 2)(*arrays, labels), "second derivative")
+        each = jax.jit(jax.vmap(jax.grad(head), (0, None, None, 0)))(*placed, labels)
+        close(each, jax.vmap(jax.grad(whole), (0, None, None, 0))(*arrays, labels), "vmap")
+
+
+def close(found, expected, name: str) -> None:
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-13, err_msg=name), found, expected)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_api import cross_entropy, cross_entropy_rows
+from jax_api import cross_entropy, cross_entropy_rows, linear_cross_entropy
 from tests.cases import ALL
 
 each_implementation = pytest.mark.parametrize("implementation", ["reference", "triton", None])
@@ -230,6 +230,7 @@ def test_forward_mode_says_what_to_write_instead(batch):
         lambda: jax.jacfwd(rows)(x),
         lambda: jax.hessian(lambda x: cross_entropy(x, y))(x),
         lambda: jax.jvp(lambda x: cross_entropy_rows(x, y).lse, (x,), (x,)),
+        lambda: jax.jvp(lambda x: linear_cross_entropy(x, x.T, jnp.arange(len(x))), (x,), (x,)),
     ):
         with pytest.raises(TypeError, match=message):
             call()
