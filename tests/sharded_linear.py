@@ -1,4 +1,4 @@
-"""What each process runs for `tests/test_linear_torch.py`: `python -m tests.sharded_linear RANK SIZE FILE`."""
+"""What each process runs for `tests/test_linear_sharding.py`: `python -m tests.sharded_linear RANK SIZE FILE`."""
 
 import sys
 import warnings
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Partial, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.functional import linear
 
 from tests.sharded import OPTIONS, N, V, close, make, same_everywhere
@@ -116,19 +116,77 @@ def dtensors_are_explained(rank, size):
     hidden, weight, _ = head()
     sharded = distribute_tensor(weight, init_device_mesh("cpu", (size,)), [Shard(0)])
     labels = make()[1]
-    with pytest.raises(TypeError, match=r"got weight of type DTensor; required: plain tensors; write .*process_group"):
+    with pytest.raises(
+        TypeError, match=r"got weight of type DTensor with plain hidden; .*; write .*from_local\(hidden"
+    ):
         linear_cross_entropy(hidden, sharded, labels)
     # What it says to write, where every process has rows of its own.
     leaf, whole = sharded.detach().requires_grad_(), weight.detach().requires_grad_()
-    linear_cross_entropy(hidden, whole, labels, reduction="sum").backward()
-    own = slice(rank, None, size)
-    gathered = leaf.full_tensor(grad_placements=[Partial()])
-    linear_cross_entropy(hidden[own], gathered, labels[own], reduction="sum").backward()
+    linear_cross_entropy(hidden, whole, labels).backward()
+    own_hidden, own_labels = (
+        DTensor.from_local(x.chunk(size)[rank], sharded.device_mesh, [Shard(0)]) for x in (hidden, labels)
+    )
+    linear_cross_entropy(own_hidden, leaf, own_labels).backward()
     assert leaf.grad is not None
     torch.testing.assert_close(leaf.grad.full_tensor(), whole.grad)
+    # A plain weight is the same on every process, and its gradient too.
+    plain = weight.detach().requires_grad_()
+    linear_cross_entropy(own_hidden, plain, own_labels).backward()
+    torch.testing.assert_close(plain.grad, whole.grad)
 
 
-CASES = [process_group_cases, rows_and_compile, fsdp, dtensors_are_explained]
+def dtensor_heads(rank, size):
+    """Rows and classes over both dimensions of a mesh, with gradients placed as what they are gradients of."""
+    torch.manual_seed(2)
+    shapes = ((4, N, D), (V, D), (V,))
+    whole = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    labels, soft = torch.randint(0, V, (4, N)), torch.randn(4, N, V).double().softmax(-1)
+    labels[0, 1:4] = -100
+    class_weight = make()[3]
+    mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("data", "model"))
+    whole_ = Replicate()
+    for of_hidden, of_weight in (
+        ([Shard(0), whole_], [whole_, whole_]),
+        ([Shard(0), whole_], [whole_, Shard(0)]),
+        ([Shard(0), whole_], [Shard(0), Shard(1)]),
+        ([Shard(0), Shard(1)], [Shard(0), Shard(0)]),
+        ([Shard(-1), whole_], [whole_, Shard(0)]),
+        ([whole_, whole_], [Shard(0), Shard(0)]),
+        ([whole_, whole_], [Shard(0), whole_]),
+    ):
+        of_bias = [whole_ if p == Shard(1) else p for p in of_weight]
+        placements = (of_hidden, of_weight, of_bias)
+        arrays = [distribute_tensor(x.detach(), mesh, p) for x, p in zip(whole, placements, strict=True)]
+        arrays = [x.requires_grad_() for x in arrays]
+        hidden, weight, bias = arrays
+        for target, kind in (
+            (labels, {"class_weight": class_weight}),
+            (labels, {"reduction": "sum", "label_smoothing": 0.1}),
+            (labels, {"reduction": "none", "z_loss": 1e-2}),
+            (labels, {"denominator": 7.0}),
+            (soft, {"class_weight": class_weight, "softcap": 5.0}),
+        ):
+            options = {name: value for name, value in kind.items() if name != "class_weight"}
+            expected = cross_entropy(linear(*whole), target, kind.get("class_weight"), dim=-1, **options)
+            right = torch.autograd.grad(expected.sin().sum(), whole)
+            loss = linear_cross_entropy(hidden, weight, target, bias, max_logits_bytes=4 * 8 * V, **kind)
+            close(loss.full_tensor(), expected)
+            grads = torch.autograd.grad(loss.full_tensor().sin().sum(), arrays)
+            for got, want, like in zip(grads, right, arrays, strict=True):
+                assert got.placements == like.placements
+                close(got.full_tensor(), want)
+        found = linear_cross_entropy_rows(hidden, weight, labels, bias)
+        for got, want in zip(found, cross_entropy_rows(linear(*whole), labels, dim=-1), strict=True):
+            assert isinstance(got, DTensor)
+            close(got.full_tensor(), want)
+    with pytest.raises(ValueError, match="got process_group with DTensors"):
+        linear_cross_entropy(hidden, weight, labels, process_group=dist.group.WORLD)
+    other = init_device_mesh("cpu", (size,))
+    with pytest.raises(ValueError, match=r"got weight on .* with hidden on .*; required: one mesh"):
+        linear_cross_entropy(hidden, distribute_tensor(whole[1].detach(), other, [whole_]), labels)
+
+
+CASES = [process_group_cases, rows_and_compile, fsdp, dtensors_are_explained, dtensor_heads]
 
 
 def main() -> None:
@@ -136,7 +194,7 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=size)
-    for case in CASES:
+    for case in CASES if size == 2 else [dtensor_heads]:
         case(rank, size)
         dist.barrier()
         if rank == 0:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,28 +30,37 @@ def test_in_jax(on_four_devices, name):
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """What two processes print that run every case of `tests.sharded_linear`."""
-    file = tmp_path_factory.mktemp("gloo") / "rendezvous"
+def printed(tmp_path_factory):
+    """What processes print that run the cases of `tests.sharded_linear`, by how many they are."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.sharded_linear", str(rank), "2", str(file)],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        return "\n".join(process.communicate(timeout=240)[0] for process in processes)
-    finally:
-        for process in processes:
-            process.kill()
+
+    @cache
+    def by(size):
+        file = tmp_path_factory.mktemp("gloo") / "rendezvous"
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.sharded_linear", str(rank), str(size), str(file)],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(size)
+        ]
+        try:
+            return "\n".join(process.communicate(timeout=240)[0] for process in processes)
+        finally:
+            for process in processes:
+                process.kill()
+
+    return by
 
 
 @pytest.mark.parametrize("case", [case.__name__ for case in sharded_linear.CASES])
-def test_in_torch(two_processes, case):
-    assert f"passed {case}\n" in two_processes, two_processes[-4000:]
+def test_in_torch(printed, case):
+    assert f"passed {case}\n" in printed(2), printed(2)[-4000:]
+
+
+def test_dtensors_over_a_mesh_of_two_dimensions(printed):
+    assert "passed dtensor_heads\n" in printed(4), printed(4)[-4000:]

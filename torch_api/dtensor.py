@@ -25,7 +25,7 @@ class Rows:
         assert isinstance(input, DTensor)
         self.mesh = mesh = input.device_mesh
         axis = check_logits(facts_of("input", input), min(1, input.ndim - 1) if choices.dim is None else choices.dim)
-        placements = [_plain_placement(p, input.ndim) for p in input.placements]
+        placements = [plain_placement(p, input.ndim) for p in input.placements]
         shape = input.shape[:axis] + input.shape[axis + 1 :]
         self.placements = [_without_axis(p, axis) for p in placements]
         self.shape = shape
@@ -34,9 +34,9 @@ class Rows:
         local_weight = None
         if weight is not None:
             split = [Shard(0) if p.is_shard(axis) else Replicate() for p in placements]
-            local_weight = _local(weight, mesh, split)
-        local_target = _local(target, mesh, placements if soft else self.placements)
-        local_logits = _local(input, mesh, placements)
+            local_weight = local_part(weight, mesh, split)
+        local_target = local_part(target, mesh, placements if soft else self.placements)
+        local_logits = local_part(input, mesh, placements)
         # No label check: a process that raises alone leaves the others waiting.
         local_choices = choices._replace(dim=axis)
         self.inputs, spec = checked(local_logits, local_target, local_weight, local_choices, slices=0)
@@ -98,7 +98,7 @@ def cross_entropy_rows(
     return rows.distributed(out.loss), rows.distributed(out.lse), rows.distributed(out.predicted.long())
 
 
-def _plain_placement(placement: Placement, ndim: int) -> Placement:
+def plain_placement(placement: Placement, ndim: int) -> Placement:
     if type(placement) is Shard:
         return Shard(placement.dim % ndim)
     if placement.is_partial():
@@ -117,13 +117,19 @@ def _without_axis(placement: Placement, axis: int) -> Placement:
     return Shard(placement.dim - (placement.dim > axis))
 
 
-def _local(array: Tensor, mesh: DeviceMesh, placements: list[Placement]) -> Tensor:
-    """The part of this process; a plain tensor is the whole, the same on every process."""
+def local_part(
+    array: Tensor, mesh: DeviceMesh, placements: list[Placement], grad_placements: list[Placement] | None = None
+) -> Tensor:
+    """The part of this process; a plain tensor is the whole, the same on every process.
+
+    grad_placements: what the local gradient is of the whole one, where it is not placed as the array.
+    """
     if not isinstance(array, DTensor):
         array = DTensor.from_local(array, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    if tuple(array.placements) != tuple(placements):
+    if tuple(array.placements) != tuple(placements) or grad_placements is not None:
+        # In the backward it places the gradient as the array.
         array = array.redistribute(placements=placements)
-    return array.to_local()
+    return array.to_local(grad_placements=grad_placements)
 
 
 def _shards(mesh: DeviceMesh, dims: list[int], n_classes: int) -> Shards:

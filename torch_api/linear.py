@@ -46,7 +46,8 @@ def linear_cross_entropy(
     is not needed (a frozen head, a frozen body) costs no matmul; without any it is one matmul.
 
     Args:
-        hidden: [..., D], float16, bfloat16, float32 or float64.
+        hidden: [..., D], float16, bfloat16, float32 or float64. A DTensor keeps its rows where they are; the loss is a
+            DTensor, and the other arrays are DTensors on its mesh or, plain, the same on every process.
         weight: [V, D] as `nn.Linear` keeps it, in hidden's dtype. Under autocast hidden, weight and bias are cast to
             its dtype here, and gradients arrive in their own.
         labels: class indices [...] (integers), or class probabilities [..., V].
@@ -93,6 +94,11 @@ def linear_cross_entropy(
     check_reduction(reduction, denominator)
     options = Options.checked(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     choices = LinearChoices(max_logits_bytes, accumulation, process_group, implementation)
+    if tracing.is_dtensor(hidden):
+        from torch_api import linear_dtensor
+
+        arrays = Head(hidden, weight, bias, labels, class_weight)
+        return linear_dtensor.cross_entropy(arrays, options, choices, reduction, denominator)
     head, static = checked_head(Head(hidden, weight, bias, labels, class_weight), options, choices)
     if reduction == "none":
         return linear_rows(head, static, with_argmax=False)[0].view(hidden.shape[:-1])
@@ -148,6 +154,11 @@ def linear_cross_entropy_rows(
     """
     options = Options.checked(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     choices = LinearChoices(max_logits_bytes, accumulation, process_group, implementation)
+    if tracing.is_dtensor(hidden):
+        from torch_api import linear_dtensor
+
+        arrays = Head(hidden, weight, bias, labels, class_weight)
+        return RowOutputs(*linear_dtensor.cross_entropy_rows(arrays, options, choices))
     head, static = checked_head(Head(hidden, weight, bias, labels, class_weight), options, choices)
     loss, lse, predicted = linear_rows(head, static, with_argmax=True)
     shape = hidden.shape[:-1]

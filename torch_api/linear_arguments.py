@@ -80,11 +80,11 @@ def _check_plain(head: Head) -> None:
         if tracing.is_dtensor(x):
             fail(
                 TypeError,
-                f"{name} of type DTensor",
-                "plain tensors",
-                "the call inside the forward of a module whose parameters FSDP2 gathers, or its unshard() before; "
-                "full_tensor(grad_placements=[Partial()]) where every process has rows of its own; or to_local() and "
-                "process_group for a weight whose rows are sharded over hidden states that are not",
+                f"{name} of type DTensor with plain hidden",
+                "plain tensors, or hidden as a DTensor, which says whose rows are whose",
+                "the call inside the forward of a module whose parameters FSDP2 gathers, or its unshard() before; or "
+                "DTensor.from_local(hidden, weight.device_mesh, [Shard(0)]) where every process has rows of its own, "
+                "[Replicate()] where all have the same",
             )
         if x.device != head.hidden.device:
             passed = f"{name} on {x.device} with hidden on {head.hidden.device}"

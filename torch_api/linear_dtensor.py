@@ -1,0 +1,118 @@
+"""A linear head of DTensors: rows stay where they are, and classes are sliced where no rows are.
+
+over a mesh dimension         hidden          weight, bias
+rows sharded                  its own rows    gathered; gradients are summed over the dimension
+weight sharded by classes     whole           its own classes, in equal slices over one dimension
+anything else                 gathered        gathered
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from ce_kernels import Options
+from ce_kernels.spec import Reduction, fail
+from torch_api import linear
+from torch_api.dtensor import local_part, plain_placement
+from torch_api.linear_arguments import LinearChoices, checked_head, divided_by
+from torch_api.linear_chunks import Head
+
+
+class _Local(NamedTuple):
+    """The arrays of one process, how rows lie over the mesh, and the group that the classes are spread over."""
+
+    head: Head
+    mesh: DeviceMesh
+    placements: list[Placement]
+    shape: torch.Size
+    group: ProcessGroup | None
+
+    def of[R](self, function: Callable[..., R], options: Options, choices: LinearChoices, **others) -> R:
+        """A function of `torch_api.linear` of the local arrays."""
+        hidden, weight, bias, target, class_weight = self.head
+        known = asdict(options) | choices._replace(process_group=self.group)._asdict() | others
+        return function(hidden, weight, target, bias, class_weight, **known)
+
+    def distributed(self, rows: Tensor) -> DTensor:
+        """Local row values as a DTensor of all rows."""
+        strides = torch.empty(self.shape, device="meta").stride()
+        return DTensor.from_local(rows, self.mesh, self.placements, run_check=False, shape=self.shape, stride=strides)
+
+    def total(self, value: Tensor) -> DTensor:
+        """The sum of a value over the processes that have other rows."""
+        parts = [Partial() if p.is_shard() else Replicate() for p in self.placements]
+        whole = [Replicate()] * self.mesh.ndim
+        return DTensor.from_local(value, self.mesh, parts, run_check=False).redistribute(placements=whole)
+
+
+def cross_entropy(
+    head: Head, options: Options, choices: LinearChoices, reduction: Reduction, denominator: float | Tensor | None
+) -> DTensor:
+    """`torch_api.linear_cross_entropy` of DTensors: rows as they are sharded, or a replicated scalar."""
+    local = _local(head, choices)
+    loss = partial(local.of, linear.linear_cross_entropy, options, choices)
+    if reduction == "none":
+        return local.distributed(loss(reduction="none"))
+    if reduction == "sum":
+        return local.total(loss(reduction="sum"))
+    rows, static = checked_head(local.head, options, choices._replace(process_group=local.group))
+    by = denominator.full_tensor() if isinstance(denominator, DTensor) else denominator
+    if by is None:
+        by = local.total(divided_by(rows, static, None)).to_local()
+    return local.total(loss(denominator=by))
+
+
+def cross_entropy_rows(head: Head, options: Options, choices: LinearChoices) -> tuple[DTensor, DTensor, DTensor]:
+    """loss, lse and argmax of `torch_api.linear_cross_entropy_rows`, sharded as the rows of hidden."""
+    local = _local(head, choices)
+    loss, lse, predicted = local.of(linear.linear_cross_entropy_rows, options, choices)
+    return local.distributed(loss), local.distributed(lse), local.distributed(predicted)
+
+
+def _local(head: Head, choices: LinearChoices) -> _Local:
+    hidden, weight, bias, target, class_weight = head
+    assert isinstance(hidden, DTensor)
+    mesh, ndim = hidden.device_mesh, hidden.ndim
+    for name, x in zip(("weight", "bias", "labels", "class_weight"), head[1:], strict=True):
+        if isinstance(x, DTensor) and x.device_mesh != mesh:
+            fail(ValueError, f"{name} on {x.device_mesh} with hidden on {mesh}", "one mesh", f"{name}.redistribute(…)")
+    if choices.process_group is not None:
+        fail(ValueError, "process_group with DTensors", "DTensors alone, which say how they are sharded", "no group")
+    placed = [plain_placement(p, ndim) for p in hidden.placements]
+    rows: list[Placement] = [p if isinstance(p, Shard) and p.dim < ndim - 1 else Replicate() for p in placed]
+    sliced = _class_dimension(weight, rows)
+    classes: list[Placement] = [Shard(0) if i == sliced else Replicate() for i in range(mesh.ndim)]
+    soft = target.is_floating_point()
+    of_target: list[Placement] = [Shard(ndim - 1) if soft and i == sliced else p for i, p in enumerate(rows)]
+    # Where others have other rows, a process has a part of the sum.
+    summed: list[Placement] = [Partial() if p.is_shard() else c for p, c in zip(rows, classes, strict=True)]
+    return _Local(
+        Head(
+            local_part(hidden, mesh, rows),
+            local_part(weight, mesh, classes, summed),
+            None if bias is None else local_part(bias, mesh, classes, summed),
+            local_part(target, mesh, of_target),
+            None if class_weight is None else local_part(class_weight, mesh, classes),
+        ),
+        mesh,
+        rows,
+        hidden.shape[:-1],
+        None if sliced is None else mesh.get_group(sliced),
+    )
+
+
+def _class_dimension(weight: Tensor, rows: list[Placement]) -> int | None:
+    """The mesh dimension over which the classes stay in equal slices, if there is one, and one alone."""
+    if not isinstance(weight, DTensor):
+        return None
+    sliced = [i for i, p in enumerate(weight.placements) if p.is_shard(0) and not rows[i].is_shard()]
+    if len(sliced) != 1 or weight.shape[0] % weight.device_mesh.size(sliced[0]):
+        return None
+    return sliced[0]
