@@ -181,6 +181,10 @@ def dtensor_heads(rank, size):
             close(got.full_tensor(), want)
     with pytest.raises(ValueError, match="got process_group with DTensors"):
         linear_cross_entropy(hidden, weight, labels, process_group=dist.group.WORLD)
+    # The last process's last label: all of them raise.
+    labels[-1, -1] = V
+    with pytest.raises(IndexError, match=f"label {V} in labels"):
+        linear_cross_entropy(*arrays[:2], distribute_tensor(labels, mesh, [Shard(0), Shard(1)]))
     other = init_device_mesh("cpu", (size,))
     with pytest.raises(ValueError, match=r"got weight on .* with hidden on .*; required: one mesh"):
         linear_cross_entropy(hidden, distribute_tensor(whole[1].detach(), other, [whole_]), labels)

@@ -176,14 +176,18 @@ def _cast(head: Head, static: Static) -> Head:
     return head._replace(hidden=head.hidden.to(static.dtype), weight=head.weight.to(static.dtype), bias=bias)
 
 
+def invalid_labels(target: Tensor, ignore_index: int | None, n_classes: int) -> Tensor:
+    """Which labels are no class and not ignored."""
+    bad = (target < 0) | (target >= n_classes)
+    return bad if ignore_index is None else bad & (target != ignore_index)
+
+
 def _check_labels(head: Head, spec: RowSpec) -> None:
     # Where it costs no synchronisation; here, so that compiled programs check too.
     target, n_classes = head.target, spec.total_classes or len(head.weight)
     if target.device.type != "cpu" or target.is_floating_point():
         return
-    bad = (target < 0) | (target >= n_classes)
-    if spec.options.ignore_index is not None:
-        bad &= target != spec.options.ignore_index
+    bad = invalid_labels(target, spec.options.ignore_index, n_classes)
     if bad.any():
         label_error("labels", int(target[bad][0]), n_classes)
 

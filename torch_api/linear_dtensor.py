@@ -18,11 +18,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from ce_kernels import Options
+from ce_kernels.checks import label_error
 from ce_kernels.spec import Reduction, fail
 from torch_api import linear
 from torch_api.dtensor import local_part, plain_placement
 from torch_api.linear_arguments import LinearChoices, checked_head, divided_by
-from torch_api.linear_chunks import Head
+from torch_api.linear_chunks import Head, invalid_labels
 
 
 class _Local(NamedTuple):
@@ -56,7 +57,7 @@ def cross_entropy(
     head: Head, options: Options, choices: LinearChoices, reduction: Reduction, denominator: float | Tensor | None
 ) -> DTensor:
     """`torch_api.linear_cross_entropy` of DTensors: rows as they are sharded, or a replicated scalar."""
-    local = _local(head, choices)
+    local = _local(head, options, choices)
     loss = partial(local.of, linear.linear_cross_entropy, options, choices)
     if reduction == "none":
         return local.distributed(loss(reduction="none"))
@@ -71,12 +72,12 @@ def cross_entropy(
 
 def cross_entropy_rows(head: Head, options: Options, choices: LinearChoices) -> tuple[DTensor, DTensor, DTensor]:
     """loss, lse and argmax of `torch_api.linear_cross_entropy_rows`, sharded as the rows of hidden."""
-    local = _local(head, choices)
+    local = _local(head, options, choices)
     loss, lse, predicted = local.of(linear.linear_cross_entropy_rows, options, choices)
     return local.distributed(loss), local.distributed(lse), local.distributed(predicted)
 
 
-def _local(head: Head, choices: LinearChoices) -> _Local:
+def _local(head: Head, options: Options, choices: LinearChoices) -> _Local:
     hidden, weight, bias, target, class_weight = head
     assert isinstance(hidden, DTensor)
     mesh, ndim = hidden.device_mesh, hidden.ndim
@@ -93,7 +94,7 @@ def _local(head: Head, choices: LinearChoices) -> _Local:
     of_target: list[Placement] = [Shard(ndim - 1) if soft and i == sliced else p for i, p in enumerate(rows)]
     # Where others have other rows, a process has a part of the sum.
     summed: list[Placement] = [Partial() if p.is_shard() else c for p, c in zip(rows, classes, strict=True)]
-    return _Local(
+    local = _Local(
         Head(
             local_part(hidden, mesh, rows),
             local_part(weight, mesh, classes, summed),
@@ -106,6 +107,23 @@ def _local(head: Head, choices: LinearChoices) -> _Local:
         hidden.shape[:-1],
         None if sliced is None else mesh.get_group(sliced),
     )
+    if not soft:
+        _check_labels(local, options, weight.shape[0])
+    return local
+
+
+def _check_labels(local: _Local, options: Options, n_classes: int) -> None:
+    """IndexError on every process, where looking costs no synchronisation: one alone would leave the others waiting."""
+    target = local.head.target
+    if target.device.type != "cpu":
+        return
+    none = torch.iinfo(torch.int64).min
+    bad = target.long()[invalid_labels(target, options.ignore_index, n_classes)]
+    worst = bad.amax() if bad.numel() else torch.tensor(none)
+    largest = [Partial("max")] * local.mesh.ndim
+    found = int(DTensor.from_local(worst, local.mesh, largest, run_check=False).full_tensor())
+    if found != none:
+        label_error("labels", found, n_classes)
 
 
 def _class_dimension(weight: Tensor, rows: list[Placement]) -> int | None:
