@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tests.conftest import HAS_GPU
-from torch_api import CrossEntropyLoss, cross_entropy, cross_entropy_rows, layout
+from torch_api import CrossEntropyLoss, cross_entropy, cross_entropy_rows, layout, scattered
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 each_implementation = pytest.mark.parametrize("implementation", ["reference", "triton"])
@@ -59,13 +59,41 @@ def test_views(view, reduction, dtype):
 
 
 @each_reduction
-@pytest.mark.parametrize("view", ["time_major", "all_but_last", "every_other"])
+@pytest.mark.parametrize("view", ["time_major", "all_but_last", "every_other", "transposed_classes", "strided_classes"])
 def test_gradients_have_the_layout_of_their_logits(view, reduction):
     logits = VIEWS[view][0](torch.randn(3, 4, 40, device=DEVICE)).detach().requires_grad_()
     labels = torch.zeros(logits.shape[:-1], dtype=torch.long, device=DEVICE)
     loss = cross_entropy(logits, labels, dim=-1, reduction=reduction, implementation="triton")
     (gradient,) = torch.autograd.grad(loss.sum(), logits)
     assert gradient.stride() == torch.empty_like(logits).stride()
+
+
+@each_reduction
+@pytest.mark.parametrize("slice_bytes", [1, 3 * 40 * 4, 2**20])
+@pytest.mark.parametrize("view", [name for name, (_, in_place) in VIEWS.items() if not in_place])
+def test_scattered_logits_are_read_by_slices(monkeypatch, view, slice_bytes, reduction):
+    monkeypatch.setattr(scattered, "SLICE_BYTES", slice_bytes)
+    torch.manual_seed(0)
+    base = torch.randn(3, 4, 40, device=DEVICE, requires_grad=True)
+    logits = VIEWS[view][0](base)
+    soft = torch.rand_like(logits.detach()).softmax(-1).requires_grad_()
+    labels = torch.randint(0, logits.shape[-1], logits.shape[:-1], device=DEVICE)
+    labels.view(-1)[1] = -100
+    for target, inputs in ((labels, [base]), (soft, [base, soft])):
+        expected = F.cross_entropy(logits.movedim(-1, 1), target if target is labels else target.movedim(-1, 1))
+        right = torch.autograd.grad(expected * 2, inputs, retain_graph=True)
+        loss = cross_entropy(logits, target, dim=-1, reduction=reduction, implementation="triton")
+        if reduction == "none":
+            assert loss.shape == labels.shape
+            loss = loss.sum() / ((labels != -100).sum() if target is labels else labels.numel())
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(torch.autograd.grad(loss * 2, inputs), right)
+    rows = cross_entropy_rows(logits, labels, dim=-1, implementation="triton")
+    torch.testing.assert_close(rows.lse, logits.logsumexp(-1))
+    assert torch.equal(rows.predicted, logits.argmax(-1))
+    plain = cross_entropy(logits, labels, dim=-1) * 2
+    given = donated(logits * 1, labels, "triton", dim=-1) * 2
+    torch.testing.assert_close(torch.autograd.grad(given, base), torch.autograd.grad(plain, base))
 
 
 def test_soft_targets_through_views():
@@ -261,12 +289,19 @@ def test_modules_are_copied_and_pickled():
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("name", "buffers"),
-    [("plain", 1.0), ("donated", 0.0), ("all_but_last", 1.0), ("donated_none", 0.0), ("classes_first", 1.0)],
+    [
+        ("plain", 1.0),
+        ("donated", 0.0),
+        ("all_but_last", 1.0),
+        ("donated_none", 0.0),
+        ("classes_first", 1.0),
+        ("classes_first, loss", 0.0),
+    ],
 )
 def test_peak_memory(name, buffers):
-    """In units of the logits, beyond them: one gradient; none with donation; one copy for strided classes."""
+    """In units of the logits, beyond them: one gradient; none with donation; strided classes a slice more."""
     base = torch.randn(4, 513, 32000, device="cuda", dtype=torch.bfloat16)
-    if name == "classes_first":
+    if name.startswith("classes_first"):
         base = base.transpose(1, 2).contiguous().transpose(1, 2)
     view = base[:, :-1] if name == "all_but_last" else base
     view = view.detach().requires_grad_()
@@ -278,12 +313,15 @@ def test_peak_memory(name, buffers):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        loss = cross_entropy(logits, labels, donate_logits="donated" in name, **options).sum()
-        torch.autograd.grad(loss, logits)
+        with torch.set_grad_enabled(not name.endswith("loss")):
+            loss = cross_entropy(logits, labels, donate_logits="donated" in name, **options).sum()
+        if not name.endswith("loss"):
+            torch.autograd.grad(loss, logits)
         return (torch.cuda.max_memory_allocated() - before) / (view.numel() * view.element_size())
 
     peak()  # compiles
-    assert peak() < buffers + 0.02
+    of_slice = scattered.SLICE_BYTES / (view.numel() * view.element_size()) if "first" in name else 0.0
+    assert peak() < buffers + of_slice + 0.02
 
 
 def test_rows_of_views_and_permuted_labels():

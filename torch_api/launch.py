@@ -16,7 +16,7 @@ from torch import Tensor
 from ce_kernels import Launch, Problem, plan_fused, plan_grad, plan_stats
 from ce_kernels.launch import has_clusters, has_overlap
 from ce_kernels.spec import check_implementation, fail
-from torch_api import layout, reference
+from torch_api import layout, reference, scattered
 from torch_api.rows import Inputs, RowSpec, Stats, Upstream
 
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -46,6 +46,8 @@ def stats(inputs: Inputs, spec: RowSpec, *, with_argmax: bool) -> Stats:
     """Per-row statistics: one read of the logits."""
     if spec.implementation == "reference":
         return _plain_stats(inputs, spec, with_argmax)
+    if scattered.is_scattered(inputs.logits):
+        return scattered.stats(stats, inputs, spec, with_argmax=with_argmax)
     inputs = _readable(inputs)
     call = _plan_stats(_arrays(inputs), spec, with_argmax)
     loss, lse, target_sum = _row_outputs(call, inputs.logits)
@@ -60,6 +62,8 @@ def grad(
     """dlogits (and dtarget): one read, one write. donate: dlogits overwrites the logits."""
     if spec.implementation == "reference":
         return _plain_grad(inputs, upstream, spec, with_dtarget, donate)
+    if scattered.is_scattered(inputs.logits):
+        return scattered.grad(grad, inputs, upstream, spec, with_dtarget=with_dtarget, donate=donate)
     readable = _readable(inputs)
     logits, target, _ = readable
     # A copy made for reading is nobody's: the gradient may overwrite it.
@@ -81,6 +85,8 @@ def fused(inputs: Inputs, denominator: Tensor, spec: RowSpec, *, donate: bool = 
         out = _plain_stats(inputs, spec, with_argmax=False)
         upstream = Upstream(out.lse, out.target_sum, denominator.reciprocal().expand(out.lse.shape), None)
         return out, _plain_grad(inputs, upstream, spec, with_dtarget=False, donate=donate)[0]
+    if scattered.is_scattered(inputs.logits):
+        return scattered.fused(fused, inputs, denominator, spec, donate=donate)
     readable = _readable(inputs)
     logits = readable.logits
     in_place = donate or logits is not inputs.logits
@@ -139,7 +145,7 @@ def _readable(inputs: Inputs) -> Inputs:
     if logits.is_neg() or target.is_neg():
         # The sign that torch.imag of a conjugate leaves to its readers.
         logits, target = logits.resolve_neg(), target.resolve_neg()
-    if not logits.is_contiguous() and layout.row_levels(logits.shape, logits.stride()) is None:
+    if logits.ndim == 1:
         logits = logits.contiguous()
     if not target.is_contiguous():
         levels = layout.row_levels(target.shape, target.stride()) if target.is_floating_point() else None
