@@ -300,11 +300,14 @@ def store_gradient_block(
         logits_row_ptr, start, shift, active, EDGE, "evict_first", N_CLASSES, BLOCK, GROUP, SHIFTED, DTYPE
     )  # fmt: skip
     x, slope = transform(r, logit_scale, softcap)
-    # p in one multiply-add before the exponential; a takes what the product with lse is rounded by.
+    # p in one multiply-add before the exponential; a takes what the product with lse is rounded by. Where that would
+    # overflow, neighbouring numbers are so far apart that p is 1 or 0 in any base.
     per_nat = per_nat_of(DTYPE)
-    lse_high = lse * per_nat
-    lse_low = tl.fma(lse, per_nat, -lse_high)
-    dx = a * power(-lse_low) * power(tl.fma(x, per_nat, -lse_high))
+    far = tl.abs(lse * per_nat) >= 2.0**31
+    factor = tl.where(far, 1.0, per_nat)
+    lse_high = lse * factor
+    lse_low = tl.where(far, 0.0, tl.fma(lse, factor, -lse_high))
+    dx = a * power(-lse_low) * power(tl.fma(x, factor, -lse_high))
     # By group and place within it: a comparison of whole columns takes one instruction more.
     place = (label_column + shift - start) - tl.arange(0, BLOCK // GROUP) * GROUP
     is_label = tl.reshape(place[:, None] == tl.arange(0, GROUP)[None, :], [BLOCK])

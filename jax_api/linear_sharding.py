@@ -107,17 +107,16 @@ def varied(head: Head, *others: Array) -> Head:
 
 def _explicit(body: Callable, static: LinearStatic, mesh: Any, factors: Any, result_factors: Any, *arrays):
     axes = _explicit_axes(static, arrays[0])
-    used = {name for entry in (*axes.rows, axes.classes) for name in entry}
-    if not used:
-        return body(static, *arrays)
+    # All of them, also where nothing is sharded: the loops' arrays have no explicit types.
+    explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
     specs, result_specs = jax.tree.map(axes.spec, (factors, result_factors))
-    local = sharding.over_axes(partial(_local, body, static, axes), mesh, used, specs, result_specs)
+    local = sharding.over_axes(partial(_local, body, static, axes), mesh, explicit, specs, result_specs)
     return local(*_resharded(mesh, axes, arrays, factors))
 
 
 def _explicit_axes(static: LinearStatic, head: Head) -> Axes:
     """Rows as those of hidden or, where it is not sharded, of the labels; classes as those of weight."""
-    *rows, _ = sharding.joint_spec(head.hidden, head.hidden if is_soft(head.target) else head.target)
+    *rows, _ = sharding.joint_spec(head.hidden, head.target)
     rows = tuple(sharding.names_of(entry) for entry in rows)
     spec = (*jax.typeof(head.weight).sharding.spec, None, None)
     taken = {name for entry in rows for name in entry}

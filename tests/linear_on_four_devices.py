@@ -116,6 +116,9 @@ def sharded_by_types(kind: AxisType, in_context: bool) -> None:
         (P("data"), P("data", "model"), P("model"), B * T // 2, V // 2),
         (P("data", None, "model"), P("model", "data"), P(), B * T // 2, V),
         (P(), P(None, "model"), P(), B * T, V // 2),
+        (P(), P(), P(), B * T, V),
+        (P(), P("model"), P(), B * T, V),
+        (P(None, None, "model"), P("model"), P(), B * T, V),
     )
     with jax.set_mesh(mesh) if in_context else contextlib.nullcontext():
         for *specs, own_rows, own_classes in layouts:
@@ -136,11 +139,18 @@ def sharded_by_types(kind: AxisType, in_context: bool) -> None:
             assert {shape[1] for shape in multiplied} == {D, own_classes}, (specs, multiplied)
             loops = re.findall(r'"known_trip_count":{"n":"(\d+)"', text)
             assert str(-(-own_rows // max(chunks))) in loops, (specs, own_rows, chunks, loops)
+    one = jax.make_mesh((1,), ("data",), axis_types=(kind,), devices=jax.devices()[:1])
+    with jax.set_mesh(one):
+        close(jax.jit(jax.value_and_grad(head, (0, 1, 2)))(*arrays, labels), expected_of(whole, arrays, labels), "one")
     if kind == AxisType.Auto:
         hessian = jax.jit(jax.jacrev(jax.grad(head, 2), 2))(*arrays, labels)
         close(hessian, jax.jacrev(jax.grad(whole, 2), 2)(*arrays, labels), "second derivative")
         each = jax.jit(jax.vmap(jax.grad(head), (0, None, None, 0)))(*placed, labels)
         close(each, jax.vmap(jax.grad(whole), (0, None, None, 0))(*arrays, labels), "vmap")
+
+
+def expected_of(function, arrays, labels):
+    return jax.value_and_grad(function, (0, 1, 2))(*arrays, labels)
 
 
 def close(found, expected, name: str) -> None:

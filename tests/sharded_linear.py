@@ -179,6 +179,16 @@ def dtensor_heads(rank, size):
         for got, want in zip(found, cross_entropy_rows(linear(*whole), labels, dim=-1), strict=True):
             assert isinstance(got, DTensor)
             close(got.full_tensor(), want)
+    by = torch.tensor(7.0, dtype=torch.float64, requires_grad=True)
+    (right,) = torch.autograd.grad(cross_entropy(linear(*whole), labels, dim=-1, denominator=by), by)
+    for of_hidden in ([Shard(0), whole_], [Shard(0), Shard(1)], [whole_, whole_]):
+        own_rows = distribute_tensor(whole[0].detach(), mesh, of_hidden)
+        loss = linear_cross_entropy(own_rows, weight, labels, bias, denominator=by)
+        close(same_everywhere(torch.autograd.grad(loss, by)[0]), right)
+    compiled = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)
+    close(compiled(own_rows, weight, labels, bias).full_tensor(), cross_entropy(linear(*whole), labels, dim=-1))
+    with pytest.raises(TypeError, match=r"got weight of type list; required: a torch.Tensor"):
+        linear_cross_entropy(hidden, [1], labels)
     with pytest.raises(ValueError, match="got process_group with DTensors"):
         linear_cross_entropy(hidden, weight, labels, process_group=dist.group.WORLD)
     # The last process's last label: all of them raise.

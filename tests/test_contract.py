@@ -1,10 +1,22 @@
 """Every case of the table, in every front end and implementation, against the float64 oracle."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from tests import oracle
-from tests.cases import CASES, CLUSTER_CASES, ROUNDOFF, SMALLEST, Arrays, Case, error_constant, make, oracle_options
+from tests.cases import (
+    CASES,
+    CLUSTER_CASES,
+    NUMPY,
+    ROUNDOFF,
+    SMALLEST,
+    Arrays,
+    Case,
+    error_constant,
+    make,
+    oracle_options,
+)
 from tests.conftest import HAS_GPU
 from tests.frontends import Torch, each_frontend
 
@@ -129,3 +141,21 @@ def test_rows_spread_over_clusters(clusters, case):
     """What a GPU with clusters runs on long rows."""
     for reduction in ("mean", "none"):
         check_case(Torch("triton", "cuda" if HAS_GPU else "cpu"), case, reduction)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@each_frontend
+def test_enormous_logits_have_finite_gradients(frontend, reduction, dtype):
+    """Also those whose product with log₂e rounds by more than an exponent holds, and a row of the lowest number."""
+    lowest = float(ml_dtypes.finfo(NUMPY[dtype]).min)
+    logits = np.zeros((6, 8), NUMPY[dtype])
+    logits[:5, 0] = (1e4, 3e9, 1e10, 1e30, -0.9 * lowest)
+    logits[5] = lowest
+    arrays = Arrays(logits, np.zeros(6, np.int64), None)
+    g = np.ones(6) if reduction == "none" else np.ones(())
+    (loss,), (gradient,) = differentiate(frontend, Case("enormous", 6, 8, dtype), arrays, reduction, None, g)
+    np.testing.assert_allclose(np.sum(np.asarray(loss, np.float64)), np.log(8), rtol=1e-6)
+    gradient = np.asarray(gradient, np.float64)
+    np.testing.assert_allclose(gradient[:5], 0.0, atol=2.0**-23)
+    assert np.isfinite(gradient).all()

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+NAMES = ("hidden", "weight", "bias", "labels", "class_weight")
+
+
 class LinearChoices(NamedTuple):
     """The arguments that are no tensors and no options of a row."""
 
@@ -70,13 +73,19 @@ def checked_head(head: Head, options: Options, choices: LinearChoices) -> tuple[
     return rows, Static(spec, int(choices.max_logits_bytes), choices.accumulation, _logits_dtype(head), group)
 
 
+def check_tensors(head: Head) -> None:
+    """Raises TypeError unless the arguments are tensors."""
+    for name, x in zip(NAMES, head, strict=True):
+        if not isinstance(x, Tensor) and not (x is None and name in ("bias", "class_weight")):
+            fail(TypeError, f"{name} of type {type(x).__name__}", "a torch.Tensor", f"torch.as_tensor({name})")
+
+
 def _check_plain(head: Head) -> None:
     """Raises TypeError or ValueError unless the arguments are plain tensors on one device."""
-    for name, x in zip(("hidden", "weight", "bias", "labels", "class_weight"), head, strict=True):
-        if x is None and name in ("bias", "class_weight"):
+    check_tensors(head)
+    for name, x in zip(NAMES, head, strict=True):
+        if x is None:
             continue
-        if not isinstance(x, Tensor):
-            fail(TypeError, f"{name} of type {type(x).__name__}", "a torch.Tensor", f"torch.as_tensor({name})")
         if tracing.is_dtensor(x):
             fail(
                 TypeError,

@@ -22,7 +22,7 @@ from ce_kernels.checks import label_error
 from ce_kernels.spec import Reduction, fail
 from torch_api import linear
 from torch_api.dtensor import local_part, plain_placement
-from torch_api.linear_arguments import LinearChoices, checked_head, divided_by
+from torch_api.linear_arguments import LinearChoices, check_tensors, checked_head, divided_by
 from torch_api.linear_chunks import Head, invalid_labels
 
 
@@ -46,6 +46,11 @@ class _Local(NamedTuple):
         strides = torch.empty(self.shape, device="meta").stride()
         return DTensor.from_local(rows, self.mesh, self.placements, run_check=False, shape=self.shape, stride=strides)
 
+    def shared(self, value: Tensor) -> Tensor:
+        """A value that every process holds, whose gradient is the sum of what their rows give it."""
+        parts: list[Placement] = [Partial() if p.is_shard() else Replicate() for p in self.placements]
+        return local_part(value, self.mesh, [Replicate()] * self.mesh.ndim, parts)
+
     def total(self, value: Tensor) -> DTensor:
         """The sum of a value over the processes that have other rows."""
         parts = [Partial() if p.is_shard() else Replicate() for p in self.placements]
@@ -63,10 +68,11 @@ def cross_entropy(
         return local.distributed(loss(reduction="none"))
     if reduction == "sum":
         return local.total(loss(reduction="sum"))
-    rows, static = checked_head(local.head, options, choices._replace(process_group=local.group))
-    by = denominator.full_tensor() if isinstance(denominator, DTensor) else denominator
-    if by is None:
+    if denominator is None:
+        rows, static = checked_head(local.head, options, choices._replace(process_group=local.group))
         by = local.total(divided_by(rows, static, None)).to_local()
+    else:
+        by = local.shared(denominator) if isinstance(denominator, Tensor) else denominator
     return local.total(loss(denominator=by))
 
 
@@ -81,6 +87,7 @@ def _local(head: Head, options: Options, choices: LinearChoices) -> _Local:
     hidden, weight, bias, target, class_weight = head
     assert isinstance(hidden, DTensor)
     mesh, ndim = hidden.device_mesh, hidden.ndim
+    check_tensors(head)
     for name, x in zip(("weight", "bias", "labels", "class_weight"), head[1:], strict=True):
         if isinstance(x, DTensor) and x.device_mesh != mesh:
             fail(ValueError, f"{name} on {x.device_mesh} with hidden on {mesh}", "one mesh", f"{name}.redistribute(…)")
@@ -115,7 +122,7 @@ def _local(head: Head, options: Options, choices: LinearChoices) -> _Local:
 def _check_labels(local: _Local, options: Options, n_classes: int) -> None:
     """IndexError on every process, where looking costs no synchronisation: one alone would leave the others waiting."""
     target = local.head.target
-    if target.device.type != "cpu":
+    if target.device.type != "cpu" or torch.compiler.is_compiling():
         return
     none = torch.iinfo(torch.int64).min
     bad = target.long()[invalid_labels(target, options.ignore_index, n_classes)]
