@@ -98,14 +98,15 @@ def cross_entropy_rows(
     return rows.distributed(out.loss), rows.distributed(out.lse), rows.distributed(out.predicted.long())
 
 
-def plain_placement(placement: Placement, ndim: int) -> Placement:
+def plain_placement(placement: Placement, ndim: int, name: str = "logits") -> Placement:
+    """A placement without negative dimensions or partial sums."""
     if type(placement) is Shard:
         return Shard(placement.dim % ndim)
     if placement.is_partial():
         return Replicate()
     if placement.is_replicate():
         return placement
-    fail(ValueError, f"logits placed as {placement}", "Shard, Replicate or Partial", "logits.redistribute(…)")
+    fail(ValueError, f"{name} placed as {placement}", "Shard, Replicate or Partial", f"{name}.redistribute(…)")
 
 
 def _without_axis(placement: Placement, axis: int) -> Placement:

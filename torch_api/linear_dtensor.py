@@ -22,7 +22,7 @@ from ce_kernels.checks import label_error
 from ce_kernels.spec import Reduction, fail
 from torch_api import linear
 from torch_api.dtensor import local_part, plain_placement
-from torch_api.linear_arguments import LinearChoices, check_tensors, checked_head, divided_by
+from torch_api.linear_arguments import NAMES, LinearChoices, check_tensors, checked_head, divided_by
 from torch_api.linear_chunks import Head, invalid_labels
 
 
@@ -46,16 +46,19 @@ class _Local(NamedTuple):
         strides = torch.empty(self.shape, device="meta").stride()
         return DTensor.from_local(rows, self.mesh, self.placements, run_check=False, shape=self.shape, stride=strides)
 
+    @property
+    def parts(self) -> list[Placement]:
+        """How a value is placed that each process has of its own rows."""
+        return [Partial() if p.is_shard() else Replicate() for p in self.placements]
+
     def shared(self, value: Tensor) -> Tensor:
         """A value that every process holds, whose gradient is the sum of what their rows give it."""
-        parts: list[Placement] = [Partial() if p.is_shard() else Replicate() for p in self.placements]
-        return local_part(value, self.mesh, [Replicate()] * self.mesh.ndim, parts)
+        return local_part(value, self.mesh, [Replicate()] * self.mesh.ndim, self.parts)
 
     def total(self, value: Tensor) -> DTensor:
         """The sum of a value over the processes that have other rows."""
-        parts = [Partial() if p.is_shard() else Replicate() for p in self.placements]
         whole = [Replicate()] * self.mesh.ndim
-        return DTensor.from_local(value, self.mesh, parts, run_check=False).redistribute(placements=whole)
+        return DTensor.from_local(value, self.mesh, self.parts, run_check=False).redistribute(placements=whole)
 
 
 def cross_entropy(
@@ -88,12 +91,12 @@ def _local(head: Head, options: Options, choices: LinearChoices) -> _Local:
     assert isinstance(hidden, DTensor)
     mesh, ndim = hidden.device_mesh, hidden.ndim
     check_tensors(head)
-    for name, x in zip(("weight", "bias", "labels", "class_weight"), head[1:], strict=True):
+    for name, x in zip(NAMES, head, strict=True):
         if isinstance(x, DTensor) and x.device_mesh != mesh:
             fail(ValueError, f"{name} on {x.device_mesh} with hidden on {mesh}", "one mesh", f"{name}.redistribute(…)")
     if choices.process_group is not None:
         fail(ValueError, "process_group with DTensors", "DTensors alone, which say how they are sharded", "no group")
-    placed = [plain_placement(p, ndim) for p in hidden.placements]
+    placed = [plain_placement(p, ndim, "hidden") for p in hidden.placements]
     rows: list[Placement] = [p if isinstance(p, Shard) and p.dim < ndim - 1 else Replicate() for p in placed]
     sliced = _class_dimension(weight, rows)
     classes: list[Placement] = [Shard(0) if i == sliced else Replicate() for i in range(mesh.ndim)]
