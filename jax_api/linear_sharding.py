@@ -8,7 +8,7 @@ Arrays are described by their factors: "rows" (every axis of the rows), "width" 
 mapped elements run one after the other, as chunks do.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -117,10 +117,15 @@ def _explicit(body: Callable, static: LinearStatic, mesh: Any, factors: Any, res
 def _explicit_axes(static: LinearStatic, head: Head) -> Axes:
     """Rows as those of hidden or, where it is not sharded, of the labels; classes as those of weight."""
     *rows, _ = sharding.joint_spec(head.hidden, head.target)
+    return _axes(static, rows, jax.typeof(head.weight).sharding.spec)
+
+
+def _axes(static: LinearStatic, rows: Iterable, weight_spec: Iterable) -> Axes:
+    """From entries of PartitionSpecs. What shards rows shards no classes."""
     rows = tuple(sharding.names_of(entry) for entry in rows)
-    spec = (*jax.typeof(head.weight).sharding.spec, None, None)
     taken = {name for entry in rows for name in entry}
-    return Axes(rows, tuple(name for name in sharding.names_of(spec[static.class_axis]) if name not in taken))
+    classes = sharding.names_of((*weight_spec, None, None)[static.class_axis])
+    return Axes(rows, tuple(name for name in classes if name not in taken))
 
 
 def _resharded(mesh: Any, axes: Axes, arrays: Any, names: Any) -> Any:
@@ -155,9 +160,7 @@ def _divisible_axes(static: LinearStatic, mesh: Any, head: Any) -> tuple[Any, Ax
         logits = jax.ShapeDtypeStruct(shape, static.dtype, sharding=head.hidden.sharding)
     else:
         rows = (*head.hidden.sharding.spec, *[None] * len(shape))[: len(shape) - 1]
-        taken = {name for entry in rows for name in sharding.names_of(entry)}
-        classes = sharding.names_of((*head.weight.sharding.spec, None, None)[static.class_axis])
-        spec = PartitionSpec(*rows, tuple(name for name in classes if name not in taken))
+        spec = _axes(static, rows, head.weight.sharding.spec).spec("rows classes")
         logits = jax.ShapeDtypeStruct(shape, static.dtype, sharding=NamedSharding(mesh, spec))
     mesh, (*rows, classes) = sharding.divisible(mesh, logits)
     return mesh, Axes(tuple(sharding.names_of(entry) for entry in rows), sharding.names_of(classes))

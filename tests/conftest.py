@@ -75,10 +75,9 @@ def clusters(monkeypatch):
     from torch_api import launch as torch_launch
 
     def forget():
-        for plan in (launch.plan_stats, launch.plan_grad, launch.plan_fused):
-            plan.cache_clear()
-        for plan in (torch_launch._plan_stats, torch_launch._plan_grad, torch_launch._plan_fused):
-            plan.cache_clear()
+        for module, prefix in ((launch, "plan"), (torch_launch, "_plan")):
+            for kernel in ("stats", "grad", "fused"):
+                getattr(module, f"{prefix}_{kernel}").cache_clear()
 
     forget()
     if not HAS_GPU:

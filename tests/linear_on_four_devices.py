@@ -120,19 +120,19 @@ def sharded_by_types(kind: AxisType, in_context: bool) -> None:
         (P(), P("model"), P(), B * T, V),
         (P(None, None, "model"), P("model"), P(), B * T, V),
     )
+    train = jax.jit(jax.value_and_grad(head, (0, 1, 2)))
+    train_rows = jax.jit(jax.value_and_grad(row_head, (0, 1, 2), has_aux=True))
+    of_labels, of_soft = (jax.value_and_grad(whole, (0, 1, 2))(*arrays, target) for target in (labels, soft))
+    of_whole_rows = jax.value_and_grad(whole_rows, (0, 1, 2), has_aux=True)(*arrays, labels)
     with jax.set_mesh(mesh) if in_context else contextlib.nullcontext():
         for *specs, own_rows, own_classes in layouts:
             placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)]
             of_rows = P(*(*specs[0], None, None)[:2])
-            for target in (labels, soft):
-                own = jax.device_put(target, NamedSharding(mesh, of_rows))
-                run = jax.jit(jax.value_and_grad(head, (0, 1, 2)))
-                close(run(*placed, own), jax.value_and_grad(whole, (0, 1, 2))(*arrays, target), f"{kind} {specs}")
-            run = jax.jit(jax.value_and_grad(row_head, (0, 1, 2), has_aux=True))
-            own = jax.device_put(labels, NamedSharding(mesh, of_rows))
-            expected = jax.value_and_grad(whole_rows, (0, 1, 2), has_aux=True)(*arrays, labels)
-            close(run(*placed, own), expected, f"{kind} {specs}, rows")
-            text = jax.jit(jax.value_and_grad(head, (0, 1, 2))).lower(*placed, own).compile().as_text()
+            own, own_soft = (jax.device_put(target, NamedSharding(mesh, of_rows)) for target in (labels, soft))
+            close(train(*placed, own), of_labels, f"{kind} {specs}")
+            close(train(*placed, own_soft), of_soft, f"{kind} {specs}, soft")
+            close(train_rows(*placed, own), of_whole_rows, f"{kind} {specs}, rows")
+            text = train.lower(*placed, own).compile().as_text()
             multiplied = {tuple(map(int, dims.split(","))) for dims in re.findall(r"= f64\[([\d,]+)\]\S* dot\(", text)}
             chunks = [shape[0] for shape in multiplied if shape[1] == own_classes and shape[0] != D]
             assert 0 < max(chunks, default=0) * own_classes <= 5 * V, (specs, multiplied)
@@ -141,16 +141,12 @@ def sharded_by_types(kind: AxisType, in_context: bool) -> None:
             assert str(-(-own_rows // max(chunks))) in loops, (specs, own_rows, chunks, loops)
     one = jax.make_mesh((1,), ("data",), axis_types=(kind,), devices=jax.devices()[:1])
     with jax.set_mesh(one):
-        close(jax.jit(jax.value_and_grad(head, (0, 1, 2)))(*arrays, labels), expected_of(whole, arrays, labels), "one")
+        close(train(*arrays, labels), of_labels, "one")
     if kind == AxisType.Auto:
         hessian = jax.jit(jax.jacrev(jax.grad(head, 2), 2))(*arrays, labels)
         close(hessian, jax.jacrev(jax.grad(whole, 2), 2)(*arrays, labels), "second derivative")
         each = jax.jit(jax.vmap(jax.grad(head), (0, None, None, 0)))(*placed, labels)
         close(each, jax.vmap(jax.grad(whole), (0, None, None, 0))(*arrays, labels), "vmap")
-
-
-def expected_of(function, arrays, labels):
-    return jax.value_and_grad(function, (0, 1, 2))(*arrays, labels)
 
 
 def close(found, expected, name: str) -> None:

@@ -117,13 +117,17 @@ def _classes_last(array: Tensor, axis: int) -> Tensor:
     return array if axis == array.ndim - 1 else array.movedim(axis, -1)
 
 
-def check_labels(target: Tensor, n_classes: int, options: Options) -> None:
-    """Raises the IndexError of a label that is no class."""
+def invalid_labels(target: Tensor, n_classes: int, options: Options) -> Tensor:
+    """Which labels are no class and not ignored."""
     bad = (target < 0) | (target >= n_classes)
-    if options.ignore_index is not None:
-        bad &= target != options.ignore_index
+    return bad if options.ignore_index is None else bad & (target != options.ignore_index)
+
+
+def check_labels(target: Tensor, n_classes: int, options: Options, name: str = "target") -> None:
+    """Raises the IndexError of a label that is no class."""
+    bad = invalid_labels(target, n_classes, options)
     if bad.any():
-        label_error("target", int(target[bad].flatten()[0]), n_classes)
+        label_error(name, int(target[bad].flatten()[0]), n_classes)
 
 
 def checked_denominator(denominator: float | Tensor, dtype: torch.dtype, device: torch.device) -> float | Tensor:

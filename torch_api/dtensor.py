@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 from math import ceil
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,24 +19,46 @@ from torch_api.reference import compute_dtype
 from torch_api.rows import Reducing, Stats
 
 
+class RowLayout(NamedTuple):
+    """How rows of this shape are placed over a mesh."""
+
+    mesh: DeviceMesh
+    placements: list[Placement]
+    shape: torch.Size
+
+    @property
+    def parts(self) -> list[Placement]:
+        """How a value is placed that each process has of its own rows."""
+        return [Partial() if p.is_shard() else Replicate() for p in self.placements]
+
+    def distributed(self, rows: Tensor) -> DTensor:
+        """Local row values as a DTensor of all rows."""
+        strides = torch.empty(self.shape, device="meta").stride()
+        return DTensor.from_local(rows, self.mesh, self.placements, run_check=False, shape=self.shape, stride=strides)
+
+    def total(self, value: Tensor) -> DTensor:
+        """The sum of a value over the processes that have other rows."""
+        whole = [Replicate()] * self.mesh.ndim
+        return DTensor.from_local(value, self.mesh, self.parts, run_check=False).redistribute(placements=whole)
+
+
 class Rows:
     """Statistics of the local rows of DTensor logits, and how rows are laid out over the mesh."""
 
     def __init__(self, input: Tensor, target: Tensor, weight: Tensor | None, choices: Choices, with_argmax: bool):
         assert isinstance(input, DTensor)
-        self.mesh = mesh = input.device_mesh
+        mesh = input.device_mesh
         axis = check_logits(facts_of("input", input), min(1, input.ndim - 1) if choices.dim is None else choices.dim)
         placements = [plain_placement(p, input.ndim) for p in input.placements]
         shape = input.shape[:axis] + input.shape[axis + 1 :]
-        self.placements = [_without_axis(p, axis) for p in placements]
-        self.shape = shape
+        self.layout = RowLayout(mesh, [_without_axis(p, axis) for p in placements], shape)
         soft = target.shape == input.shape
         shards = _shards(mesh, [i for i, p in enumerate(placements) if p.is_shard(axis)], input.shape[axis])
         local_weight = None
         if weight is not None:
             split = [Shard(0) if p.is_shard(axis) else Replicate() for p in placements]
             local_weight = local_part(weight, mesh, split)
-        local_target = local_part(target, mesh, placements if soft else self.placements)
+        local_target = local_part(target, mesh, placements if soft else self.layout.placements)
         local_logits = local_part(input, mesh, placements)
         # No label check: a process that raises alone leaves the others waiting.
         local_choices = choices._replace(dim=axis)
@@ -44,20 +67,14 @@ class Rows:
         out, self.label_weight = distributed.row_losses(self.inputs, spec, shards, with_argmax=with_argmax)
         self.stats: Stats = out
 
-    def distributed(self, rows: Tensor) -> DTensor:
-        """Local row values as a DTensor of all rows."""
-        strides = torch.empty(self.shape, device="meta").stride()
-        return DTensor.from_local(rows, self.mesh, self.placements, run_check=False, shape=self.shape, stride=strides)
-
     def total(self, rows: Tensor) -> Tensor:
         """The sum over all rows of all processes, a plain 0-d tensor on each."""
-        partial = [Partial() if p.is_shard() else Replicate() for p in self.placements]
-        parts = DTensor.from_local(rows.sum(), self.mesh, partial, run_check=False)
-        return parts.redistribute(placements=[Replicate()] * self.mesh.ndim).to_local()
+        return self.layout.total(rows.sum()).to_local()
 
     def replicated(self, value: Tensor) -> DTensor:
         """A value that every process holds."""
-        return DTensor.from_local(value, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
+        mesh = self.layout.mesh
+        return DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 def cross_entropy(
@@ -74,7 +91,7 @@ def cross_entropy(
         fail(ValueError, what, "logits whose memory is one tensor's", "donate_logits=False, or process_group")
     rows = Rows(input, target, weight, choices, with_argmax=False)
     if reduction == "none":
-        return rows.distributed(rows.stats.loss)
+        return rows.layout.distributed(rows.stats.loss)
     total = rows.total(rows.stats.loss)
     if reduction == "sum":
         return rows.replicated(total)
@@ -83,7 +100,7 @@ def cross_entropy(
         denominator = denominator.full_tensor() if isinstance(denominator, DTensor) else denominator
         return rows.replicated(total / checked_denominator(denominator, dtype, total.device))
     if rows.inputs.target.is_floating_point():
-        n_rows = rows.shape.numel()
+        n_rows = rows.layout.shape.numel()
         return rows.replicated(total / n_rows)
     return rows.replicated(total / rows.total(rows.label_weight))
 
@@ -95,7 +112,11 @@ def cross_entropy_rows(
     rows = Rows(input, target, weight, choices, with_argmax=True)
     out = rows.stats
     assert out.predicted is not None
-    return rows.distributed(out.loss), rows.distributed(out.lse), rows.distributed(out.predicted.long())
+    return (
+        rows.layout.distributed(out.loss),
+        rows.layout.distributed(out.lse),
+        rows.layout.distributed(out.predicted.long()),
+    )
 
 
 def plain_placement(placement: Placement, ndim: int, name: str = "logits") -> Placement:

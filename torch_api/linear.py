@@ -94,12 +94,12 @@ def linear_cross_entropy(
     check_reduction(reduction, denominator)
     options = Options.checked(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     choices = LinearChoices(max_logits_bytes, accumulation, process_group, implementation)
+    arrays = Head(hidden, weight, bias, labels, class_weight)
     if tracing.is_dtensor(hidden):
         from torch_api import linear_dtensor
 
-        arrays = Head(hidden, weight, bias, labels, class_weight)
         return linear_dtensor.cross_entropy(arrays, options, choices, reduction, denominator)
-    head, static = checked_head(Head(hidden, weight, bias, labels, class_weight), options, choices)
+    head, static = checked_head(arrays, options, choices)
     if reduction == "none":
         return linear_rows(head, static, with_argmax=False)[0].view(hidden.shape[:-1])
     by = divided_by(head, static, 1.0 if reduction == "sum" else denominator)
@@ -154,12 +154,12 @@ def linear_cross_entropy_rows(
     """
     options = Options.checked(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     choices = LinearChoices(max_logits_bytes, accumulation, process_group, implementation)
+    arrays = Head(hidden, weight, bias, labels, class_weight)
     if tracing.is_dtensor(hidden):
         from torch_api import linear_dtensor
 
-        arrays = Head(hidden, weight, bias, labels, class_weight)
         return RowOutputs(*linear_dtensor.cross_entropy_rows(arrays, options, choices))
-    head, static = checked_head(Head(hidden, weight, bias, labels, class_weight), options, choices)
+    head, static = checked_head(arrays, options, choices)
     loss, lse, predicted = linear_rows(head, static, with_argmax=True)
     shape = hidden.shape[:-1]
     return RowOutputs(loss.view(shape), lse.view(shape), predicted.long().view(shape))

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ce_kernels.checks import label_error
 from ce_kernels.linear import chunk_rows
 from torch_api import launch
+from torch_api.arguments import check_labels
 from torch_api.reference import compute_dtype
 from torch_api.rows import Inputs, RowSpec, Stats, Upstream
 
@@ -176,20 +176,12 @@ def _cast(head: Head, static: Static) -> Head:
     return head._replace(hidden=head.hidden.to(static.dtype), weight=head.weight.to(static.dtype), bias=bias)
 
 
-def invalid_labels(target: Tensor, ignore_index: int | None, n_classes: int) -> Tensor:
-    """Which labels are no class and not ignored."""
-    bad = (target < 0) | (target >= n_classes)
-    return bad if ignore_index is None else bad & (target != ignore_index)
-
-
 def _check_labels(head: Head, spec: RowSpec) -> None:
     # Where it costs no synchronisation; here, so that compiled programs check too.
     target, n_classes = head.target, spec.total_classes or len(head.weight)
     if target.device.type != "cpu" or target.is_floating_point():
         return
-    bad = invalid_labels(target, spec.options.ignore_index, n_classes)
-    if bad.any():
-        label_error("labels", int(target[bad][0]), n_classes)
+    check_labels(target, n_classes, spec.options, "labels")
 
 
 def _logits(head: Head, static: Static) -> Iterator[tuple[slice, Tensor]]:

@@ -14,25 +14,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from ce_kernels import Options
 from ce_kernels.checks import label_error
 from ce_kernels.spec import Reduction, fail
 from torch_api import linear
-from torch_api.dtensor import local_part, plain_placement
+from torch_api.arguments import invalid_labels
+from torch_api.dtensor import RowLayout, local_part, plain_placement
 from torch_api.linear_arguments import NAMES, LinearChoices, check_tensors, checked_head, divided_by
-from torch_api.linear_chunks import Head, invalid_labels
+from torch_api.linear_chunks import Head
 
 
 class _Local(NamedTuple):
-    """The arrays of one process, how rows lie over the mesh, and the group that the classes are spread over."""
+    """The arrays of one process, how their rows are placed, and the group that the classes are spread over."""
 
     head: Head
-    mesh: DeviceMesh
-    placements: list[Placement]
-    shape: torch.Size
+    rows: RowLayout
     group: ProcessGroup | None
 
     def of[R](self, function: Callable[..., R], options: Options, choices: LinearChoices, **others) -> R:
@@ -41,24 +39,9 @@ class _Local(NamedTuple):
         known = asdict(options) | choices._replace(process_group=self.group)._asdict() | others
         return function(hidden, weight, target, bias, class_weight, **known)
 
-    def distributed(self, rows: Tensor) -> DTensor:
-        """Local row values as a DTensor of all rows."""
-        strides = torch.empty(self.shape, device="meta").stride()
-        return DTensor.from_local(rows, self.mesh, self.placements, run_check=False, shape=self.shape, stride=strides)
-
-    @property
-    def parts(self) -> list[Placement]:
-        """How a value is placed that each process has of its own rows."""
-        return [Partial() if p.is_shard() else Replicate() for p in self.placements]
-
     def shared(self, value: Tensor) -> Tensor:
         """A value that every process holds, whose gradient is the sum of what their rows give it."""
-        return local_part(value, self.mesh, [Replicate()] * self.mesh.ndim, self.parts)
-
-    def total(self, value: Tensor) -> DTensor:
-        """The sum of a value over the processes that have other rows."""
-        whole = [Replicate()] * self.mesh.ndim
-        return DTensor.from_local(value, self.mesh, self.parts, run_check=False).redistribute(placements=whole)
+        return local_part(value, self.rows.mesh, [Replicate()] * self.rows.mesh.ndim, self.rows.parts)
 
 
 def cross_entropy(
@@ -68,22 +51,22 @@ def cross_entropy(
     local = _local(head, options, choices)
     loss = partial(local.of, linear.linear_cross_entropy, options, choices)
     if reduction == "none":
-        return local.distributed(loss(reduction="none"))
+        return local.rows.distributed(loss(reduction="none"))
     if reduction == "sum":
-        return local.total(loss(reduction="sum"))
+        return local.rows.total(loss(reduction="sum"))
     if denominator is None:
-        rows, static = checked_head(local.head, options, choices._replace(process_group=local.group))
-        by = local.total(divided_by(rows, static, None)).to_local()
+        own, static = checked_head(local.head, options, choices._replace(process_group=local.group))
+        by = local.rows.total(divided_by(own, static, None)).to_local()
     else:
         by = local.shared(denominator) if isinstance(denominator, Tensor) else denominator
-    return local.total(loss(denominator=by))
+    return local.rows.total(loss(denominator=by))
 
 
 def cross_entropy_rows(head: Head, options: Options, choices: LinearChoices) -> tuple[DTensor, DTensor, DTensor]:
     """loss, lse and argmax of `torch_api.linear_cross_entropy_rows`, sharded as the rows of hidden."""
     local = _local(head, options, choices)
     loss, lse, predicted = local.of(linear.linear_cross_entropy_rows, options, choices)
-    return local.distributed(loss), local.distributed(lse), local.distributed(predicted)
+    return local.rows.distributed(loss), local.rows.distributed(lse), local.rows.distributed(predicted)
 
 
 def _local(head: Head, options: Options, choices: LinearChoices) -> _Local:
@@ -112,9 +95,7 @@ def _local(head: Head, options: Options, choices: LinearChoices) -> _Local:
             local_part(target, mesh, of_target),
             None if class_weight is None else local_part(class_weight, mesh, classes),
         ),
-        mesh,
-        rows,
-        hidden.shape[:-1],
+        RowLayout(mesh, rows, hidden.shape[:-1]),
         None if sliced is None else mesh.get_group(sliced),
     )
     if not soft:
@@ -128,10 +109,11 @@ def _check_labels(local: _Local, options: Options, n_classes: int) -> None:
     if target.device.type != "cpu" or torch.compiler.is_compiling():
         return
     none = torch.iinfo(torch.int64).min
-    bad = target.long()[invalid_labels(target, options.ignore_index, n_classes)]
+    bad = target.long()[invalid_labels(target, n_classes, options)]
     worst = bad.amax() if bad.numel() else torch.tensor(none)
-    largest = [Partial("max")] * local.mesh.ndim
-    found = int(DTensor.from_local(worst, local.mesh, largest, run_check=False).full_tensor())
+    mesh = local.rows.mesh
+    largest = [Partial("max")] * mesh.ndim
+    found = int(DTensor.from_local(worst, mesh, largest, run_check=False).full_tensor())
     if found != none:
         label_error("labels", found, n_classes)
 

@@ -32,10 +32,10 @@ def compile_launch(launch, problem, options, weighted, loss_types, target):
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     constants = {name: dict(launch.constants).get(name) for name, kind in signature.items() if kind == "constexpr"}
     attrs = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
-    # Kernels ask the driver which GPU they are for.
-    triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: target))
     wide = [i for i, name in enumerate(signature) if name in levels and name != "rows_inner"]
     attrs |= {(i,): [["tt.divisibility", 16]] for i in wide}
+    # Kernels ask the driver which GPU they are for.
+    triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: target))
     compiled = triton.compile(ASTSource(kernel, signature, constants, attrs), target=target, options=launch.options)
     assert compiled.asm["cubin" if target.backend == "cuda" else "hsaco"]
     assert not launch.options.get("launch_pdl") or constants["OVERLAPPED"]
