@@ -8,7 +8,7 @@ from benchmarks.timing import interleaved
 
 ROWS = tuple(4**k for k in range(9))  # 1 to 65536; the last is 8·10⁹ elements, beyond 32-bit offsets
 ELEMENTS = 2**28
-VOCABULARIES = tuple(2**k for k in range(7, 21))
+VOCABULARIES = tuple(2**k for k in range(4, 21))
 
 
 def measure(n_rows: int, n_classes: int, dtype: torch.dtype) -> dict:

@@ -72,6 +72,19 @@ def options_table(results: dict) -> list[str]:
     )
 
 
+def few_classes_table(results: dict) -> list[str]:
+    """Training step, and in brackets the forward pass, where classes are few or in front of other dimensions."""
+    names = [name for name in ORDER if any(name in shape for shape in results["few_classes"])]
+    lines = [
+        [
+            f"{shape['name']} {'×'.join(str(size) for size in shape['size'])}",
+            *(f"{ratio(shape, name)} ({ratio(shape, name, 'forward')})" for name in names),
+        ]
+        for shape in results["few_classes"]
+    ]
+    return rows(["(N, C, d1, …)", *names], lines)
+
+
 def memory_table(results: dict) -> list[str]:
     """Peak memory of a training step beyond the logits, in multiples of the logits."""
     shape = next(shape for shape in results["shapes"] if shape["name"] == "Llama 3")
@@ -132,7 +145,15 @@ def first_calls(results: dict) -> str:
 
 def section(results: dict) -> str:
     """All that stands between the markers."""
-    compiling = []
+    few, compiling = [], []
+    if "few_classes" in results:
+        few = [
+            "Few classes, and classes in front of other dimensions, read in place: training step, and in brackets the",
+            "forward pass, as multiples of copying the logits once:",
+            "",
+            *few_classes_table(results),
+            "",
+        ]
     if "compiling" in results:
         compiling = [
             f"What a PyTorch training step of {results['compiling']['n_classes']} classes compiles at first, at other",
@@ -150,6 +171,7 @@ def section(results: dict) -> str:
         "",
         *options_table(results),
         "",
+        *few,
         "Peak memory of a training step at 4096×128256 beyond the logits (JAX: temporary memory, logits donated), as",
         "multiples of the logits:",
         "",

@@ -12,6 +12,7 @@ import torch_api
 from benchmarks.compiling import cold_caches, compiled, compiling
 from benchmarks.contenders import jax_contenders, torch_contenders
 from benchmarks.environment import environment
+from benchmarks.few_classes import few_classes
 from benchmarks.growth import growth
 from benchmarks.host import measure
 from benchmarks.memory_jax import temporary_bytes
@@ -220,7 +221,13 @@ def run(out: Path | None) -> Path:
     for shape in SHAPES:
         results["shapes"].append(run_shape(shape))
         out.write_text(json.dumps(results, indent=1) + "\n")
-    parts = {"options": options, "growth": growth, "flax_step_bytes": temporary_bytes, "compiling": compiling}
+    parts = {
+        "options": options,
+        "few_classes": few_classes,
+        "growth": growth,
+        "flax_step_bytes": temporary_bytes,
+        "compiling": compiling,
+    }
     for name, measured in parts.items():
         results[name] = measured()
         out.write_text(json.dumps(results, indent=1) + "\n")

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.timing import cuda_ms
 from ce_kernels import Launch, Problem, plan_fused, plan_grad, plan_stats
-from ce_kernels.tuning import Config
+from ce_kernels.tuning import TILED, Config
 
 ROW_OPERANDS = {"stats": (), "grad": ("lse_ptr", "target_sum_ptr", "dloss_ptr"), "fused": ("denominator_ptr",)}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -30,10 +30,24 @@ def candidates(kernel: str, n_classes: int, itemsize: int) -> list[Config]:
     orders = (False, True) if kernel == "fused" else (False,)
     longest = max(128, 1 << (n_classes - 1).bit_length())
     found = []
+    if n_classes * itemsize <= TILED["stats"]:
+        found += tiles(kernel, 1 << (n_classes - 1).bit_length())
     for num_ctas, num_warps, vectors, backwards in itertools.product(ctas, (1, 2, 4, 8, 16, 32), (1, 2, 4), orders):
         block = num_ctas * num_warps * 32 * vectors * 16 // itemsize
         if 128 <= block <= min(longest, 131072) and block * 256 >= n_classes:
             found.append(Config(block, num_warps, num_ctas, backwards=backwards))
+    return found
+
+
+def tiles(kernel: str, block: int) -> list[Config]:
+    """Every plausible tile of rows that take one step of block classes."""
+    found = []
+    for elements, num_warps, row_a_thread in itertools.product(
+        (512, 1024, 2048, 4096), (1, 2, 4), (False,) if kernel == "grad" else (False, True)
+    ):
+        rows, threads = elements // block, 32 * num_warps
+        if rows and 8 <= elements // threads <= 64 and (rows >= threads or not row_a_thread):
+            found.append(Config(block, num_warps, rows=rows, row_a_thread=row_a_thread))
     return found
 
 

@@ -106,6 +106,7 @@ def transform(r, logit_scale, softcap):
 def row_target(
     row,
     logits_row_ptr,
+    class_stride,
     target_ptr,
     weight_ptr,
     vocab_start_ptr,
@@ -115,6 +116,7 @@ def row_target(
     softcap,
     begin,
     end,
+    present,
     N_CLASSES: tl.constexpr,
     TOTAL_CLASSES: tl.constexpr,
     SOFT_TARGETS: tl.constexpr,
@@ -122,24 +124,28 @@ def row_target(
 ):
     """A hard label's column in [begin, end) of this slice, its mass in q, its x; is it ignored, is it invalid.
 
-    The column is −2³⁰ where the label is elsewhere. Soft targets have no label: all their mass is spread.
+    The column is −2³⁰ where the label is elsewhere. Soft targets have no label: all their mass is spread. row may be
+    many rows, of which some may not be present; None: all are.
     """
     if SOFT_TARGETS:
-        zero = tl.cast(0.0, DTYPE)
-        return tl.cast(-(2**30), tl.int32), zero, zero, row < 0, row < 0
+        zero = (row * 0).to(DTYPE)
+        return (row * 0 - 2**30).to(tl.int32), zero, zero, row < 0, row < 0
     label = tl.load(target_ptr + row).to(tl.int64)
     column = label
     if vocab_start_ptr is not None:
         column = label - tl.load(vocab_start_ptr).to(tl.int64)
     # Read by the program that owns it alone: in place, another may have overwritten it.
     inside = (column >= 0) & (column < N_CLASSES) & (column >= begin) & (column < end)
+    if present is not None:
+        inside &= present
     safe = tl.where(inside, column, 0)
     mass = tl.where(inside, 1.0, 0.0).to(DTYPE)
     if label_smoothing is not None:
         mass = mass * (1.0 - label_smoothing)
     if weight_ptr is not None:
         mass = mass * tl.load(weight_ptr + safe).to(DTYPE)
-    x, _ = transform(tl.load(logits_row_ptr + safe, mask=inside, other=0.0).to(DTYPE), logit_scale, softcap)
+    place = safe if class_stride is None else safe * class_stride
+    x, _ = transform(tl.load(logits_row_ptr + place, mask=inside, other=0.0).to(DTYPE), logit_scale, softcap)
     ignored = label != label
     if ignore_index is not None:
         ignored = label == ignore_index

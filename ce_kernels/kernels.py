@@ -1,4 +1,4 @@
-"""The Triton kernels: three row operations.
+"""The Triton kernels: three row operations, for long rows here and for tiles of short ones in `ce_kernels.tiles`.
 
     cross_entropy_stats_kernel   loss, lse, Σq (and argmax)        one program a row, one read of the logits
     cross_entropy_grad_kernel    dlogits (and dtarget) from lse    one program a block of a row, one read, one write
@@ -18,6 +18,8 @@ import triton.language as tl
 
 from ce_kernels.elements import aligned, mask_of, overlap, row_offset, row_target, scalar, uniform_mass
 from ce_kernels.passes import (
+    first_of_best,
+    merge_groups,
     row_statistics,
     store_block,
     store_gradient_block,
@@ -25,6 +27,9 @@ from ce_kernels.passes import (
     store_statistics,
     upstream,
 )
+from ce_kernels.tiles import cross_entropy_tile_fused_kernel as cross_entropy_tile_fused_kernel
+from ce_kernels.tiles import cross_entropy_tile_grad_kernel as cross_entropy_tile_grad_kernel
+from ce_kernels.tiles import cross_entropy_tile_stats_kernel as cross_entropy_tile_stats_kernel
 
 
 @triton.jit(do_not_specialize=["ignore_index", "rows_inner"])
@@ -64,6 +69,7 @@ def cross_entropy_stats_kernel(
     """
     DTYPE: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
     WITH_ARGMAX: tl.constexpr = predicted_ptr is not None
+    SPREAD: tl.constexpr = SOFT_TARGETS or label_smoothing is not None
     overlap(OVERLAPPED)
     row = tl.program_id(0).to(tl.int64)
     offset = row_offset(row, LOGITS_STRIDE, rows_inner, logits_outer_stride)
@@ -72,8 +78,8 @@ def cross_entropy_stats_kernel(
     scale = scalar(logit_scale, DTYPE, SCALARS_IN_MEMORY)
     cap = scalar(softcap, DTYPE, SCALARS_IN_MEMORY)
     _, mass, label_x, ignored, invalid = row_target(
-        row, logits_ptr + offset, target_ptr, weight_ptr, vocab_start_ptr, ignore_index, alpha, scale, cap,
-        0, N_CLASSES, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, DTYPE,
+        row, logits_ptr + offset, None, target_ptr, weight_ptr, vocab_start_ptr, ignore_index, alpha, scale, cap,
+        0, N_CLASSES, None, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, DTYPE,
     )  # fmt: skip
     active = mask_of(~ignored)
     if WITH_ARGMAX:
@@ -83,12 +89,14 @@ def cross_entropy_stats_kernel(
         "evict_first", N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, BLOCK, GROUP, SHIFTED, UNROLL, DTYPE,
     )  # fmt: skip
     if active:
+        m_row, d_row, qx_row, q_row = merge_groups(m, d, qx, q_sum, SPREAD, CLUSTER)
         store_statistics(
-            m, d, qx, q_sum, best, best_col, row, mass, label_x, ignored, invalid,
+            m_row, d_row, qx_row, q_row, row, None, mass, label_x, ignored, invalid,
             uniform_mass(alpha, weight_ptr, TOTAL_CLASSES, SOFT_TARGETS), scalar(z_loss, DTYPE, SCALARS_IN_MEMORY),
-            loss_ptr, lse_ptr, target_sum_ptr, predicted_ptr, SOFT_TARGETS or label_smoothing is not None, CLUSTER,
-            N_CLASSES,
+            loss_ptr, lse_ptr, target_sum_ptr, SPREAD, N_CLASSES,
         )  # fmt: skip
+        if WITH_ARGMAX:
+            tl.store(predicted_ptr + row, first_of_best(best, best_col, N_CLASSES))
     else:
         store_ignored_row(row, loss_ptr, lse_ptr, target_sum_ptr)
 
@@ -143,8 +151,8 @@ def cross_entropy_grad_kernel(
     scale = scalar(logit_scale, DTYPE, SCALARS_IN_MEMORY)
     cap = scalar(softcap, DTYPE, SCALARS_IN_MEMORY)
     column, mass, label_x, ignored, _ = row_target(
-        row, logits_ptr + offset, target_ptr, weight_ptr, vocab_start_ptr, ignore_index, alpha, scale, cap,
-        first - shift, first - shift + BLOCK, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, DTYPE,
+        row, logits_ptr + offset, None, target_ptr, weight_ptr, vocab_start_ptr, ignore_index, alpha, scale, cap,
+        first - shift, first - shift + BLOCK, None, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, DTYPE,
     )  # fmt: skip
     dlse = None
     if dlse_ptr is not None:
@@ -216,6 +224,7 @@ def cross_entropy_fused_kernel(
     Algorithm: the two phases above in one launch. With dlogits_ptr None the gradient overwrites the logits.
     """
     DTYPE: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
+    SPREAD: tl.constexpr = SOFT_TARGETS or label_smoothing is not None
     # Lines kept in L2 by force would stay there when the gradient has overwritten them.
     EVICTION: tl.constexpr = "" if dlogits_ptr is None else "evict_last"
     FIRST: tl.constexpr = BLOCK if SHIFTED and N_CLASSES >= BLOCK else 0
@@ -235,8 +244,8 @@ def cross_entropy_fused_kernel(
     logits_row_ptr = logits_ptr + start
     target_row_ptr = target_ptr + row * TARGET_STRIDE
     column, mass, label_x, ignored, invalid = row_target(
-        row, logits_ptr + offset, target_ptr, weight_ptr, vocab_start_ptr, ignore_index, alpha, scale,
-        cap, 0, N_CLASSES, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, DTYPE,
+        row, logits_ptr + offset, None, target_ptr, weight_ptr, vocab_start_ptr, ignore_index, alpha, scale,
+        cap, 0, N_CLASSES, None, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, DTYPE,
     )  # fmt: skip
     if dlogits_ptr is None:
         dlogits_row_ptr = logits_row_ptr
@@ -244,16 +253,17 @@ def cross_entropy_fused_kernel(
         out_offset = row_offset(row, DLOGITS_STRIDE, rows_inner, dlogits_outer_stride)
         dlogits_row_ptr = dlogits_ptr + aligned(out_offset, GROUP, SHIFTED and WIDE_STORES)[0]
     active = mask_of(~ignored)
-    m, d, qx, q_sum, best, best_col = row_statistics(
+    m, d, qx, q_sum, _, _ = row_statistics(
         logits_row_ptr, target_row_ptr, weight_ptr, shift, active, alpha, scale, cap, False, EVICTION, N_CLASSES,
         TOTAL_CLASSES, SOFT_TARGETS, BLOCK, GROUP, SHIFTED, UNROLL, DTYPE,
     )  # fmt: skip
     lse, s = tl.cast(0.0, DTYPE), tl.cast(0.0, DTYPE)
     if active:
+        m_row, d_row, qx_row, q_row = merge_groups(m, d, qx, q_sum, SPREAD, CLUSTER)
         lse, s = store_statistics(
-            m, d, qx, q_sum, best, best_col, row, mass, label_x, ignored, invalid,
+            m_row, d_row, qx_row, q_row, row, None, mass, label_x, ignored, invalid,
             uniform_mass(alpha, weight_ptr, TOTAL_CLASSES, SOFT_TARGETS), z_weight, loss_ptr, lse_ptr, target_sum_ptr,
-            None, SOFT_TARGETS or label_smoothing is not None, CLUSTER, N_CLASSES,
+            SPREAD, N_CLASSES,
         )  # fmt: skip
     else:
         store_ignored_row(row, loss_ptr, lse_ptr, target_sum_ptr)

@@ -20,7 +20,8 @@ class Problem:
     """Rows of logits as a kernel sees them; strides in elements; `total_classes` is V where a row is a slice of it.
 
     With rows_inner, row i starts at (i // rows_inner)·outer_stride + (i % rows_inner)·stride, in logits and dlogits;
-    dlogits_stride None means n_classes.
+    dlogits_stride None means n_classes. class_stride: from class to class, where the classes of a row lie apart; hard
+    labels only.
     `aligned`: the logits' first element lies on a 16-byte boundary, so that whole groups of 16 bytes may be read.
     `clusters`: one program may span several multiprocessors; `has_clusters` says where.
     `softcap`: there is one, and its arithmetic takes longer than the memory. `overlapped`: a launch may begin while the
@@ -38,6 +39,8 @@ class Problem:
     logits_outer_stride: int | None = None
     dlogits_stride: int | None = None
     dlogits_outer_stride: int | None = None
+    class_stride: int = 1
+    dlogits_class_stride: int = 1
     aligned: bool = True
     clusters: bool = False
     softcap: bool = False
@@ -84,9 +87,9 @@ class Problem:
         return self.logits_dtype == "float64"
 
 
-def _signals_cheaply(problem: Problem) -> bool:
+def _signals_cheaply(problem: Problem, programs: int) -> bool:
     # Programs let the next launch begin one after the other, two in a nanosecond: too slow for many short rows.
-    return problem.n_rows <= 2048 or problem.row_bytes > 8192
+    return programs <= 2048 or problem.row_bytes > 8192
 
 
 def _levels(stride: int, outer_stride: int | None) -> tuple[int, ...]:
@@ -127,14 +130,14 @@ class Output:
 class Launch:
     """All that is known of a kernel call without data.
 
-    `constants` are the kernel's constexpr parameters, and the second row level where there is one; `in_place` means
-    that dlogits overwrites the logits.
+    `constants` are the kernel's constexpr parameters, and the rows' levels and the classes' strides where there are
+    any; `in_place` means that dlogits overwrites the logits.
     """
 
     kernel: str
     grid: tuple[int]
     outputs: tuple[Output, ...]
-    constants: tuple[tuple[str, int | bool], ...]
+    constants: tuple[tuple[str, int | bool | None], ...]
     in_place: bool
     config: Config
 
@@ -223,30 +226,41 @@ def _plan(
         "SOFT_TARGETS": problem.soft_targets,
         "SCALARS_IN_MEMORY": problem.scalars_in_memory,
         "BLOCK": config.block,
-        "GROUP": problem.group,
-        "SHIFTED": problem.shifted,
     }
-    programs = problem.n_rows
+    # Run-time values: a constant sequence length would compile every length anew.
+    of_logits = {"outer_stride": problem.logits_outer_stride}
+    of_dlogits = {"outer_stride": problem.dlogits_outer_stride}
+    programs, positions = problem.n_rows, problem.n_classes
+    if config.rows:
+        inner = problem.rows_inner or problem.n_rows
+        programs = -(-inner // config.rows) * (problem.n_rows // max(inner, 1))
+        constants |= {"ROWS": config.rows, "rows_inner": inner}
+        if kernel != "grad":
+            constants["ROW_A_THREAD"] = config.row_a_thread
+        of_logits["class_stride"] = None if problem.class_stride == 1 else problem.class_stride
+        of_dlogits["class_stride"] = None if problem.dlogits_class_stride == 1 else problem.dlogits_class_stride
+    else:
+        constants |= {"GROUP": problem.group, "SHIFTED": problem.shifted}
+        positions += problem.group - 1 if problem.shifted else 0
+        if problem.rows_inner is not None:
+            constants["rows_inner"] = problem.rows_inner
+        if kernel != "grad":
+            constants |= {"UNROLL": config.unroll, "CLUSTER": config.num_ctas > 1}
+        if kernel != "stats":
+            constants["WIDE_STORES"] = problem.wide_stores(in_place)
+        if kernel == "fused":
+            constants["BACKWARDS"] = config.backwards
+    constants |= {f"logits_{name}": value for name, value in of_logits.items()}
+    if kernel != "stats":
+        constants["DLOGITS_STRIDE"] = problem.dlogits_stride or problem.n_classes
+        constants |= {f"dlogits_{name}": value for name, value in of_dlogits.items()}
     if kernel == "grad":
-        positions = problem.n_classes + (problem.group - 1 if problem.shifted else 0)
         constants["BLOCKS_PER_ROW"] = -(-positions // config.block)
         programs *= constants["BLOCKS_PER_ROW"]
     else:
-        constants["UNROLL"] = config.unroll
-        constants["CLUSTER"] = config.num_ctas > 1
-        constants["OVERLAPPED"] = problem.overlapped and _signals_cheaply(problem)
-    if kernel != "stats":
-        constants["DLOGITS_STRIDE"] = problem.dlogits_stride or problem.n_classes
-        constants["WIDE_STORES"] = problem.wide_stores(in_place)
-    if problem.rows_inner is not None:
-        # Run-time values: a constant sequence length would compile every length anew.
-        constants |= {"rows_inner": problem.rows_inner, "logits_outer_stride": problem.logits_outer_stride}
-        if kernel != "stats":
-            constants["dlogits_outer_stride"] = problem.dlogits_outer_stride
-    if kernel == "fused":
-        constants["BACKWARDS"] = config.backwards
+        constants["OVERLAPPED"] = problem.overlapped and _signals_cheaply(problem, programs)
     return Launch(
-        kernel=f"cross_entropy_{kernel}_kernel",
+        kernel=f"cross_entropy_{'tile_' if config.rows else ''}{kernel}_kernel",
         grid=(programs,),
         outputs=outputs,
         constants=tuple(constants.items()),

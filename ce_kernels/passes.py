@@ -11,6 +11,60 @@ from ce_kernels.elements import load_logits, logarithm, mask_of, per_nat_of, pow
 
 
 @triton.jit
+def accumulate(
+    m, d, qx, q_sum, best, best_col,
+    r,
+    cols,
+    inside,
+    first,
+    target_row_ptr,
+    weight_ptr,
+    label_smoothing,
+    logit_scale,
+    softcap,
+    WITH_ARGMAX: tl.constexpr,
+    EVICTION: tl.constexpr,
+    TOTAL_CLASSES: tl.constexpr,
+    SOFT_TARGETS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    STEP: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax: the running values of GROUPS groups, each after GROUP more of its raw logits r.
+
+    The maximum m of x and the sum d of exp(x − m) run per group: 1 + 1/GROUP exponentials an element (after Milakov &
+    Gimelshein 2018). A group is one thread's part of a row, so that no step synchronises, or a row of a tile.
+    cols: the columns of r, from first; from group to group they are STEP apart. inside: where they are read; None: all.
+    """
+    per_nat = per_nat_of(DTYPE)
+    x, _ = transform(r, logit_scale, softcap)
+    grouped = tl.reshape(x, [GROUPS, GROUP])
+    m_new = tl.maximum(m, tl.max(grouped, axis=1))
+    # A group of only −inf must not make −inf − (−inf) = NaN.
+    shift_by = tl.where(m_new == float("-inf"), 0.0, m_new)
+    d = d * power((m - shift_by) * per_nat) + tl.sum(power((grouped - shift_by[:, None]) * per_nat), axis=1)
+    if uniform_mass(label_smoothing, weight_ptr, TOTAL_CLASSES, SOFT_TARGETS) is not None:
+        # Σx is enough.
+        x = x if inside is None else tl.where(inside, x, 0.0)
+        qx += tl.sum(tl.reshape(x, [GROUPS, GROUP]), axis=1)
+    elif SOFT_TARGETS or label_smoothing is not None:
+        q = spread_mass(
+            cols, inside, target_row_ptr, weight_ptr, label_smoothing, EVICTION, TOTAL_CLASSES, SOFT_TARGETS, DTYPE
+        )
+        qx += tl.sum(tl.reshape(tl.where(q != 0, q * x, 0.0), [GROUPS, GROUP]), axis=1)
+        q_sum += tl.sum(tl.reshape(q, [GROUPS, GROUP]), axis=1)
+    if WITH_ARGMAX:
+        # Before the soft cap, which rounds large logits to ties; NaN counts as the largest.
+        key, _ = transform(r, logit_scale, None)
+        key = tl.reshape(tl.where(key != key, float("inf"), key), [GROUPS, GROUP])
+        largest, where = tl.max(key, axis=1, return_indices=True)
+        best_col = tl.where(largest > best, first + tl.arange(0, GROUPS) * STEP + where, best_col)
+        best = tl.maximum(best, largest)
+    return m_new, d, qx, q_sum, best, best_col
+
+
+@triton.jit
 def statistics_block(
     m, d, qx, q_sum, best, best_col,
     start,
@@ -33,43 +87,14 @@ def statistics_block(
     SHIFTED: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax: the running values of every group of columns, after one more block.
-
-    The maximum m of x and the sum d of exp(x − m) run per group of GROUP neighbouring columns, which one thread holds,
-    so that no step synchronises the block: 1 + 1/GROUP exponentials an element (after Milakov & Gimelshein 2018).
-    """
-    GROUPS: tl.constexpr = BLOCK // GROUP
-    per_nat = per_nat_of(DTYPE)
+    """`accumulate` of one more block of a row, whose groups are GROUP neighbouring columns each."""
     r = load_logits(logits_row_ptr, start, shift, active, EDGE, EVICTION, N_CLASSES, BLOCK, GROUP, SHIFTED, DTYPE)
-    x, _ = transform(r, logit_scale, softcap)
-    grouped = tl.reshape(x, [GROUPS, GROUP])
-    m_new = tl.maximum(m, tl.max(grouped, axis=1))
-    # A group of only −inf must not make −inf − (−inf) = NaN.
-    shift_by = tl.where(m_new == float("-inf"), 0.0, m_new)
-    d = d * power((m - shift_by) * per_nat) + tl.sum(power((grouped - shift_by[:, None]) * per_nat), axis=1)
-    if uniform_mass(label_smoothing, weight_ptr, TOTAL_CLASSES, SOFT_TARGETS) is not None:
-        # Σx is enough.
-        if EDGE:
-            cols = start + tl.arange(0, BLOCK) - shift
-            x = tl.where((cols >= 0) & (cols < N_CLASSES), x, 0.0)
-        qx += tl.sum(tl.reshape(x, [GROUPS, GROUP]), axis=1)
-    elif SOFT_TARGETS or label_smoothing is not None:
-        cols = start + tl.arange(0, BLOCK) - shift
-        inside = active & (cols >= 0) & (cols < N_CLASSES) if EDGE else None
-        q = spread_mass(
-            cols, inside, target_row_ptr, weight_ptr, label_smoothing, EVICTION, TOTAL_CLASSES, SOFT_TARGETS, DTYPE
-        )
-        qx += tl.sum(tl.reshape(tl.where(q != 0, q * x, 0.0), [GROUPS, GROUP]), axis=1)
-        q_sum += tl.sum(tl.reshape(q, [GROUPS, GROUP]), axis=1)
-    if WITH_ARGMAX:
-        # Before the soft cap, which rounds large logits to ties; NaN counts as the largest.
-        key, _ = transform(r, logit_scale, None)
-        key = tl.reshape(tl.where(key != key, float("inf"), key), [GROUPS, GROUP])
-        largest, where = tl.max(key, axis=1, return_indices=True)
-        first = start - shift + tl.arange(0, GROUPS) * GROUP
-        best_col = tl.where(largest > best, first + where, best_col)
-        best = tl.maximum(best, largest)
-    return m_new, d, qx, q_sum, best, best_col
+    cols = start + tl.arange(0, BLOCK) - shift
+    return accumulate(
+        m, d, qx, q_sum, best, best_col, r, cols, active & (cols >= 0) & (cols < N_CLASSES) if EDGE else None,
+        start - shift, target_row_ptr, weight_ptr, label_smoothing, logit_scale, softcap, WITH_ARGMAX, EVICTION,
+        TOTAL_CLASSES, SOFT_TARGETS, BLOCK // GROUP, GROUP, GROUP, DTYPE,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -168,9 +193,17 @@ def store_ignored_row(row, loss_ptr, lse_ptr, target_sum_ptr):
 
 
 @triton.jit
+def first_of_best(best, best_col, N_CLASSES: tl.constexpr):
+    """A row's argmax from those of its groups."""
+    is_best = best == tl.max(best, axis=0)
+    return tl.min(tl.where(is_best, best_col, N_CLASSES - 1), axis=0)
+
+
+@triton.jit
 def store_statistics(
-    m, d, qx, q_sum, best, best_col,
+    m, d, qx, q_sum,
     row,
+    present,
     label_mass,
     label_x,
     ignored,
@@ -180,41 +213,34 @@ def store_statistics(
     loss_ptr,
     lse_ptr,
     target_sum_ptr,
-    predicted_ptr,
     SPREAD: tl.constexpr,
-    CLUSTER: tl.constexpr,
     N_CLASSES: tl.constexpr,
 ):  # fmt: skip
-    """Merges the groups' running values and writes the row's loss, lse, s = Σq and argmax.
+    """Writes loss, lse and s = Σq of a row, or of many, from maximum, sum of exponentials above it, Σqx and Σq.
 
-    Where there is a uniform mass, qx holds Σx instead of Σq·x.
+    Where there is a uniform mass, qx holds Σx instead of Σq·x. present: which rows there are; None: all.
     Returns lse and s.
     """
-    m_row, d, qx, q_sum = merge_groups(m, d, qx, q_sum, SPREAD, CLUSTER)
     log_d = logarithm(d) / per_nat_of(d.dtype)
     s = label_mass
     # Against the row's maximum first: a confident row keeps its small loss.
-    loss = tl.where(label_mass != 0, label_mass * (m_row - label_x), 0.0)
+    loss = tl.where(label_mass != 0, label_mass * (m - label_x), 0.0)
     if uniform is not None:
         spread = N_CLASSES * uniform
         s = s + spread
-        loss += spread * m_row - uniform * qx
+        loss += spread * m - uniform * qx
     elif SPREAD:
         s = s + q_sum
-        loss += q_sum * m_row - qx
+        loss += q_sum * m - qx
     loss += tl.where(s != 0, s * log_d, 0.0)
-    lse = m_row + log_d
-    if predicted_ptr is not None:
-        is_best = best == tl.max(best, axis=0)
-        predicted = tl.min(tl.where(is_best, best_col, N_CLASSES - 1), axis=0)
-        tl.store(predicted_ptr + row, predicted)
+    lse = m + log_d
     if z_loss is not None:
         loss += z_loss * lse * lse
     loss = tl.where(ignored, 0.0, tl.where(invalid, float("nan"), loss))
     s = tl.where(ignored, 0.0, tl.where(invalid, float("nan"), s))
-    tl.store(loss_ptr + row, loss)
-    tl.store(lse_ptr + row, lse)
-    tl.store(target_sum_ptr + row, s)
+    tl.store(loss_ptr + row, loss, mask=present)
+    tl.store(lse_ptr + row, lse, mask=present)
+    tl.store(target_sum_ptr + row, s, mask=present)
     return lse, s
 
 
@@ -261,6 +287,83 @@ def store_block(
 
 
 @triton.jit
+def gradient(
+    r,
+    cols,
+    inside,
+    label_place,
+    target_row_ptr,
+    weight_ptr,
+    label_mass,
+    a,
+    dloss,
+    lse,
+    label_smoothing,
+    logit_scale,
+    softcap,
+    TOTAL_CLASSES: tl.constexpr,
+    SOFT_TARGETS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    STEP: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """dlogits_k = slope_k·(a·p_k − b·q_k) of raw logits r, with b = dloss; a masked class has none.
+
+    label_mass, a, dloss and lse are a row's, or columns of many rows'. label_place: the label's column, counted from
+    the first; by groups as in `accumulate`, since a comparison of whole columns takes one instruction more.
+    """
+    x, slope = transform(r, logit_scale, softcap)
+    # p in one multiply-add before the exponential; a takes what the product with lse is rounded by. Where that would
+    # overflow, neighbouring numbers are so far apart that p is 1 or 0 in any base.
+    per_nat = per_nat_of(DTYPE)
+    far = tl.abs(lse * per_nat) >= 2.0**31
+    factor = tl.where(far, 1.0, per_nat)
+    lse_high = lse * factor
+    lse_low = tl.where(far, 0.0, tl.fma(lse, factor, -lse_high))
+    dx = a * power(-lse_low) * power(tl.fma(x, factor, -lse_high))
+    label_place = label_place - tl.arange(0, GROUPS) * STEP
+    is_label = tl.reshape(label_place[:, None] == tl.arange(0, GROUP)[None, :], r.shape)
+    dx = tl.where(is_label, dx - dloss * label_mass, dx)
+    uniform = uniform_mass(label_smoothing, weight_ptr, TOTAL_CLASSES, SOFT_TARGETS)
+    if uniform is not None:
+        dx = tl.where(x == float("-inf"), dx, dx - dloss * uniform)
+    elif SOFT_TARGETS or label_smoothing is not None:
+        q = spread_mass(
+            cols, inside, target_row_ptr, weight_ptr, label_smoothing, "evict_first", TOTAL_CLASSES, SOFT_TARGETS, DTYPE
+        )
+        dx -= tl.where(x == float("-inf"), 0.0, dloss * q)
+    if logit_scale is not None or softcap is not None:
+        dx = dx * slope
+    return dx
+
+
+@triton.jit
+def store_target_gradient(
+    r,
+    cols,
+    inside,
+    dtarget_row_ptr,
+    weight_ptr,
+    dloss,
+    lse,
+    label_smoothing,
+    logit_scale,
+    softcap,
+    DTYPE: tl.constexpr,
+):
+    """dtarget_k = b·(1−α)·w_k·(lse − x_k), with b = dloss."""
+    x, _ = transform(r, logit_scale, softcap)
+    mass = tl.zeros(r.shape, DTYPE) + dloss
+    if label_smoothing is not None:
+        mass = mass * (1.0 - label_smoothing)
+    if weight_ptr is not None:
+        mass = mass * tl.load(weight_ptr + cols, mask=inside, other=0.0).to(DTYPE)
+    dt = tl.where(mass != 0, mass * (lse - x), 0.0)
+    tl.store(dtarget_row_ptr + cols, dt.to(dtarget_row_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def store_gradient_block(
     start,
     logits_row_ptr,
@@ -288,48 +391,24 @@ def store_gradient_block(
     SHIFTED: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """dlogits_k = slope_k·(a·p_k − b·q_k) and dtarget_k = b·(1−α)·w_k·(lse − x_k) of a block, with b = dloss.
+    """Writes dlogits, and dtarget where there is a pointer to it, of a block of a row.
 
-    A row without upstream gradient (not active) is not read; its gradient is 0 whatever it holds. So is that of a
-    masked class. Blocks that are no EDGE must be of active rows.
+    A row without upstream gradient (not active) is not read; its gradient is 0 whatever it holds. Blocks that are no
+    EDGE must be of active rows.
     """
-    position = start + tl.arange(0, BLOCK)
-    cols = position - shift
+    cols = start + tl.arange(0, BLOCK) - shift
     inside = (cols >= 0) & (cols < N_CLASSES)
     r = load_logits(
         logits_row_ptr, start, shift, active, EDGE, "evict_first", N_CLASSES, BLOCK, GROUP, SHIFTED, DTYPE
     )  # fmt: skip
-    x, slope = transform(r, logit_scale, softcap)
-    # p in one multiply-add before the exponential; a takes what the product with lse is rounded by. Where that would
-    # overflow, neighbouring numbers are so far apart that p is 1 or 0 in any base.
-    per_nat = per_nat_of(DTYPE)
-    far = tl.abs(lse * per_nat) >= 2.0**31
-    factor = tl.where(far, 1.0, per_nat)
-    lse_high = lse * factor
-    lse_low = tl.where(far, 0.0, tl.fma(lse, factor, -lse_high))
-    dx = a * power(-lse_low) * power(tl.fma(x, factor, -lse_high))
-    # By group and place within it: a comparison of whole columns takes one instruction more.
-    place = (label_column + shift - start) - tl.arange(0, BLOCK // GROUP) * GROUP
-    is_label = tl.reshape(place[:, None] == tl.arange(0, GROUP)[None, :], [BLOCK])
-    dx = tl.where(is_label, dx - dloss * label_mass, dx)
-    uniform = uniform_mass(label_smoothing, weight_ptr, TOTAL_CLASSES, SOFT_TARGETS)
-    if uniform is not None:
-        dx = tl.where(x == float("-inf"), dx, dx - dloss * uniform)
-    elif SOFT_TARGETS or label_smoothing is not None:
-        read = inside & active if EDGE else None
-        q = spread_mass(
-            cols, read, target_row_ptr, weight_ptr, label_smoothing, "evict_first", TOTAL_CLASSES, SOFT_TARGETS, DTYPE
-        )
-        dx -= tl.where(x == float("-inf"), 0.0, dloss * q)
-    if logit_scale is not None or softcap is not None:
-        dx = dx * slope
+    dx = gradient(
+        r, cols, inside & active if EDGE else None, label_column + shift - start, target_row_ptr, weight_ptr,
+        label_mass, a, dloss, lse, label_smoothing, logit_scale, softcap, TOTAL_CLASSES, SOFT_TARGETS, BLOCK // GROUP,
+        GROUP, GROUP, DTYPE,
+    )  # fmt: skip
     dlogits = dx.to(dlogits_row_ptr.dtype.element_ty)
     store_block(dlogits_row_ptr, dlogits, start, shift, EDGE, N_CLASSES, WIDE_STORES, BLOCK, GROUP, SHIFTED)
     if dtarget_row_ptr is not None:
-        mass = tl.zeros([BLOCK], DTYPE) + dloss
-        if label_smoothing is not None:
-            mass = mass * (1.0 - label_smoothing)
-        if weight_ptr is not None:
-            mass = mass * tl.load(weight_ptr + cols, mask=inside, other=0.0).to(DTYPE)
-        dt = tl.where(mass != 0, mass * (lse - x), 0.0)
-        tl.store(dtarget_row_ptr + cols, dt.to(dtarget_row_ptr.dtype.element_ty), mask=inside)
+        store_target_gradient(
+            r, cols, inside, dtarget_row_ptr, weight_ptr, dloss, lse, label_smoothing, logit_scale, softcap, DTYPE
+        )

@@ -15,6 +15,8 @@ class Config:
 
     unroll: steps in flight together. backwards: the fused kernel's second pass meets first what the first pass read
     last. max_registers: a thread's, so that more programs share a multiprocessor.
+    rows: how many rows a program of `ce_kernels.tiles` takes side by side; 0: the row kernels. row_a_thread: each of
+    its threads reads whole rows for their statistics.
     """
 
     block: int
@@ -24,6 +26,8 @@ class Config:
     unroll: int = 1
     backwards: bool = False
     max_registers: int | None = None
+    rows: int = 0
+    row_a_thread: bool = False
 
 
 # (longest row in bytes, configuration); behind each row the kernel's time as a multiple of copying the logits once.
@@ -94,6 +98,53 @@ GRAD = (
     (2 * 1024, Config(1024, 1)),
     (None, Config(2048, 2)),  # 16384×8192: 1.05; 8192×32000: 1.05; 8192×50257: 1.14; 4096×128256: 1.03
 )
+# Rows up to which a program takes many, in bytes.
+TILED = {"stats": 2 * 1024, "fused": 2 * 512, "grad": 2 * 512}
+# Of shorter rows it takes more: the elements of a step stay.
+TILES = {
+    "stats": (
+        (2 * 128, Config(128, 2, rows=8)),  # 524288×128: 0.97; 1048576×64: 0.97
+        (None, Config(1024, 1, rows=2)),  # 262144×256: 0.92; 131072×512: 0.69; 67108×1000: 0.57
+    ),
+    "fused": (
+        (2 * 128, Config(128, 2, rows=8)),  # 524288×128: 1.52; 1048576×64: 1.53; 2097152×32: 1.64
+        (None, Config(512, 1, rows=2)),  # 262144×256: 1.27; 131072×512: 1.09
+    ),
+    "grad": (
+        (2 * 64, Config(64, 1, rows=32)),  # 1342177×50: 1.22; 1048576×64: 1.09
+        (2 * 256, Config(256, 4, rows=8)),  # 671088×100: 1.63; 524288×128: 1.09; 262144×256: 1.03
+        (None, Config(512, 1, rows=2)),  # 131072×512: 1.00
+    ),
+}
+# Statistics of rows that start between 16-byte boundaries, by their classes; no more rows where they are shorter.
+ROW_A_THREAD = (
+    (4, Config(4, 1, rows=128, row_a_thread=True)),  # 4194304×3: 4.1, with 20 bytes of labels and results a row
+    (16, Config(16, 1, rows=64, row_a_thread=True)),  # 4194304×7: 2.56; 4194304×10: 2.08
+    (64, Config(64, 1, rows=32, row_a_thread=True)),  # 3195660×21: 2.19; 1342177×50: 1.79
+    (128, Config(128, 1, rows=8, row_a_thread=True)),  # 894784×75: 1.96; 671088×100: 1.68
+    (256, Config(256, 1, rows=4, row_a_thread=True)),  # 447392×150: 1.63; 263172×255: 1.33
+)
+# Classes that lie apart, by their number; fewer rows in a group leave more classes a step.
+APART = {
+    "stats": (
+        (512, Config(8, 1, rows=256)),  # 16·512²×21: 1.3; 16·256²×150: 0.75
+        (4096, Config(64, 2, rows=64)),  # 8·64²×1000: 1.2
+        (None, Config(256, 4, rows=32)),  # 8·1024×32000: 1.10
+    ),
+    "fused": (
+        (64, Config(8, 1, rows=256)),  # 16·512²×21: 2.00; in fp32, with half the rows, 1.33
+        (512, Config(32, 2, rows=128)),  # 16·256²×150: 1.57
+        (4096, Config(64, 2, rows=64)),  # 8·64²×1000: 2.05
+        (None, Config(256, 16, rows=64)),  # 8·1024×32000: 3.31
+    ),
+    "grad": ((None, Config(16, 2, rows=128)),),  # 16·512²×21: 1.4; 4·769²×19: 1.67; 8·64²×1000: 1.10
+}
+# Where those of neighbouring rows cannot be read together, as the compiler sees it.
+APART_NARROW = {
+    "stats": ((512, Config(32, 4, rows=128)), *APART["stats"][1:]),  # 4·769²×19: 0.91
+    "fused": APART["fused"][1:],  # 4·769²×19: 1.86
+    "grad": APART["grad"],
+}
 # Rows from which clusters are worth their barriers, in bytes; fewer rows than this leave multiprocessors idle.
 LONG_ROW, FEW_ROWS = 2 * 65536, 132
 
@@ -101,6 +152,8 @@ LONG_ROW, FEW_ROWS = 2 * 65536, 132
 def choose(kernel: str, problem: Problem, *, in_place: bool = False) -> Config:
     """The configuration for a kernel on a problem."""
     row_bytes = problem.row_bytes
+    if problem.class_stride != 1 or row_bytes <= TILED[kernel]:
+        return _tile(kernel, problem)
     long = problem.clusters and row_bytes > LONG_ROW
     if kernel == "fused":
         alone, clusters = (FUSED_IN_PLACE, FUSED_CLUSTERS_IN_PLACE) if in_place else (FUSED, FUSED_CLUSTERS)
@@ -116,10 +169,33 @@ def choose(kernel: str, problem: Problem, *, in_place: bool = False) -> Config:
             table = STATS_FEW_ROWS
     else:
         table = GRAD
-    config = next(config for longest, config in table if longest is None or row_bytes <= longest)
+    config = _pick(table, row_bytes)
     # The same bytes a step for wider elements; no more than the row; 16 bytes a thread at the least.
     block = min(config.block * 2 // problem.itemsize, max(128, 1 << (problem.n_classes - 1).bit_length()))
     warps = max(1, min(config.num_warps, block * problem.itemsize // (32 * 16 * config.num_ctas)))
     # Wider numbers take more registers.
     max_registers = None if problem.itemsize == 8 else config.max_registers
     return replace(config, block=block, num_warps=warps, max_registers=max_registers)
+
+
+def _tile(kernel: str, problem: Problem) -> Config:
+    every_class = 1 << (problem.n_classes - 1).bit_length()
+    if problem.class_stride == 1:
+        between_boundaries = problem.shifted or not problem.aligned
+        if kernel != "grad" and problem.n_classes <= ROW_A_THREAD[-1][0] and between_boundaries:
+            return replace(_pick(ROW_A_THREAD, problem.n_classes), block=every_class)
+        config = _pick(TILES[kernel], problem.row_bytes)
+        return replace(config, block=every_class, rows=max(1, _elements(config, problem) // every_class))
+    config = _pick((APART_NARROW if problem.class_stride % 16 else APART)[kernel], problem.n_classes)
+    neighbours = 1 << ((problem.rows_inner or problem.n_rows) - 1).bit_length()
+    rows = min(config.rows * 2 // problem.itemsize, neighbours)
+    return replace(config, block=min(_elements(config, problem) // rows, every_class), rows=rows)
+
+
+def _pick(table: tuple[tuple[int | None, Config], ...], size: int) -> Config:
+    return next(config for largest, config in table if largest is None or size <= largest)
+
+
+def _elements(config: Config, problem: Problem) -> int:
+    """Of a tile's step: the same bytes for wider elements."""
+    return config.block * config.rows * 2 // problem.itemsize

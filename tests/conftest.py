@@ -3,6 +3,7 @@
 JAX's CPU counts as eight devices, for tests of sharding, with or without a GPU beside it.
 """
 
+import contextlib
 import os
 
 import torch
@@ -68,10 +69,10 @@ def rng(request):
     return np.random.default_rng(list(request.node.nodeid.encode()))
 
 
-@pytest.fixture
-def clusters(monkeypatch):
-    """PyTorch's launches spread rows over eight multiprocessors, in steps of 2048 columns of two bytes."""
-    from ce_kernels import launch, tuning
+@contextlib.contextmanager
+def planned_anew():
+    """Launches of before are forgotten, and those of here after it."""
+    from ce_kernels import launch
     from torch_api import launch as torch_launch
 
     def forget():
@@ -80,10 +81,41 @@ def clusters(monkeypatch):
                 getattr(module, f"{prefix}_{kernel}").cache_clear()
 
     forget()
+    yield
+    forget()
+
+
+@pytest.fixture
+def clusters(monkeypatch):
+    """PyTorch's launches spread rows over eight multiprocessors, in steps of 2048 columns of two bytes."""
+    from ce_kernels import tuning
+    from torch_api import launch as torch_launch
+
     if not HAS_GPU:
         monkeypatch.setattr(torch_launch, "has_clusters", lambda capability: True)
+    monkeypatch.setattr(tuning, "TILED", dict.fromkeys(tuning.TILED, 0))
     monkeypatch.setattr(tuning, "LONG_ROW", 0)
     for table in ("FUSED_CLUSTERS", "FUSED_CLUSTERS_IN_PLACE", "FUSED_CLUSTERS_SOFT", "STATS_FEW_ROWS"):
         monkeypatch.setattr(tuning, table, ((None, tuning.Config(2048, 1, 8, unroll=2, backwards=True)),))
-    yield
-    forget()
+    with planned_anew():
+        yield
+
+
+@pytest.fixture
+def one_row_a_program(monkeypatch):
+    """Short rows, too, have programs of their own."""
+    from ce_kernels import tuning
+
+    monkeypatch.setattr(tuning, "TILED", dict.fromkeys(tuning.TILED, 0))
+    with planned_anew():
+        yield
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Every row is in a tile of four, walked eight classes a step."""
+    from ce_kernels import tuning
+
+    monkeypatch.setattr(tuning, "choose", lambda *_, **__: tuning.Config(8, 1, rows=4))
+    with planned_anew():
+        yield

@@ -105,3 +105,6 @@ FRONTENDS = [
     )
 ]
 each_frontend = pytest.mark.parametrize("frontend", FRONTENDS)
+each_torch_kernel = pytest.mark.parametrize(
+    "frontend", [one for one in FRONTENDS if one.id in ("torch-interpreter", "torch-gpu")]
+)

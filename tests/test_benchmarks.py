@@ -90,6 +90,16 @@ def test_other_results_give_another_table_and_another_plot():
     assert plots.digest(other) != plots.digest(results)
 
 
+def test_few_classes_have_a_table():
+    results = report.read()
+    timing = {"train": {"ms": 3.0}, "forward": {"ms": 1.0}}
+    shape = {"name": "segmentation", "size": (16, 21, 512), "dtype": "float32", "copy_ms": 2.0}
+    found = [shape | {OURS_TORCH: timing, "torch": timing}, shape | {"name": "other", OURS_TORCH: timing}]
+    section = report.section(results | {"few_classes": found})
+    assert "| segmentation 16×21×512 | 1.50 (0.50) | 1.50 (0.50) |" in section
+    assert "| other 16×21×512 | 1.50 (0.50) | – (–) |" in section
+
+
 def test_memory_with_donation_is_a_column_of_its_own():
     results = report.read()
     shape = next(shape for shape in results["shapes"] if shape["name"] == "Llama 3")
@@ -163,7 +173,7 @@ def test_a_claim_without_a_result_is_found(claim):
 
 
 @pytest.mark.parametrize("kernel", ["fused", "stats", "grad"])
-@pytest.mark.parametrize("n_classes", [1000, 50257, 262144])
+@pytest.mark.parametrize("n_classes", [21, 128, 1000, 50257, 262144])
 def test_tuning_tries_what_can_be_launched(kernel, n_classes):
     problem = Problem(64, n_classes, "bfloat16", False, n_classes, 1, n_classes, clusters=True)
     found = tune.candidates(kernel, n_classes, itemsize=2)
@@ -172,7 +182,7 @@ def test_tuning_tries_what_can_be_launched(kernel, n_classes):
         launch = tune.plan(kernel, problem, config)
         assert launch.config == config
         # One 16-byte vector a thread at the least.
-        assert config.block * 2 >= config.num_ctas * config.num_warps * 32 * 16
+        assert config.block * max(config.rows, 1) * 2 >= config.num_ctas * config.num_warps * 32 * 16
 
 
 @pytest.mark.parametrize("wrong", ["", "loss", "off target", "target"])

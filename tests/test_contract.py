@@ -18,7 +18,7 @@ from tests.cases import (
     oracle_options,
 )
 from tests.conftest import HAS_GPU
-from tests.frontends import Torch, each_frontend
+from tests.frontends import each_frontend, each_torch_kernel
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -136,11 +136,12 @@ def test_loss_and_gradients(frontend, reduction, case):
     check_case(frontend, case, reduction)
 
 
+@each_torch_kernel
 @pytest.mark.parametrize("case", CLUSTER_CASES, ids=lambda case: case.name)
-def test_rows_spread_over_clusters(clusters, case):
+def test_rows_spread_over_clusters(clusters, case, frontend):
     """What a GPU with clusters runs on long rows."""
     for reduction in ("mean", "none"):
-        check_case(Torch("triton", "cuda" if HAS_GPU else "cpu"), case, reduction)
+        check_case(frontend, case, reduction)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])

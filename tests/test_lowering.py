@@ -39,6 +39,13 @@ def test_training_is_the_fused_kernel_in_place_with_16_byte_loads(lowered):
     assert call["narrow_loads"] == 1, "only the label's logit is read alone"
 
 
+def test_short_rows_are_trained_in_tiles_read_once(lowered):
+    (call,) = lowered["short_rows"]
+    assert call["kernel"] == "cross_entropy_tile_fused_kernel"
+    assert call["aliases"] == [["3", "0"]]
+    assert call["wide_loads"] == call["wide_stores"] >= 1
+
+
 def test_evaluation_is_one_read(lowered):
     (call,) = lowered["evaluate"]
     assert call["kernel"] == "cross_entropy_stats_kernel"
@@ -86,4 +93,7 @@ def test_cpu_programs_hold_no_kernel(lowered):
 
 def test_every_kernel_compiles_for_every_dtype_from_ampere_to_blackwell_and_for_amd():
     nvidia, amd, two_levels, alone = 3 * 4, 1, 3 * 2, 2 * 3
-    assert run_compiled("tests.compiled.compile_all") == {"compiled": (nvidia + amd) * 3 * 3 + two_levels + alone}
+    tiles = (3 * 4 + 2) * 3
+    assert run_compiled("tests.compiled.compile_all") == {
+        "compiled": (nvidia + amd) * 3 * 3 + tiles + two_levels + alone
+    }

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import ce_kernels
-from ce_kernels import Options, elements, kernels, passes
+from ce_kernels import Options, elements, kernels, passes, tiles
 from jax_api import sharding
 from tests.cases import CASES, CLUSTER_CASES
 from tests.conftest import HAS_GPU
 from tests.frontends import Jax, Torch
 from tests.test_contract import check_case
+from tests.test_tiles import check_groups_of_rows
 from torch_api import launch, losses, reductions, rules
 from torch_api.rows import Inputs, RowSpec
 
@@ -29,7 +30,7 @@ KERNEL_MUTANTS = {
     ),
     "smoothing_missing_in_gradient": ("dx, dx - dloss * uniform)", "dx, dx)"),
     "spread_missing_in_gradient": ('dx -= tl.where(x == float("-inf"), 0.0, dloss * q)', "dx -= 0.0 * q"),
-    "padded_lanes_in_the_sum_of_logits": ("x = tl.where((cols >= 0) & (cols < N_CLASSES), x, 0.0)", "x = x + 0.0"),
+    "padded_lanes_in_the_sum_of_logits": ("x = x if inside is None else tl.where(inside, x, 0.0)", "x = x + 0.0"),
     "smoothing_over_one_class_more": ("spread = N_CLASSES * uniform", "spread = (N_CLASSES + 1) * uniform"),
     "smoothing_over_one_class_less": (
         "label_smoothing / TOTAL_CLASSES",
@@ -66,8 +67,8 @@ KERNEL_MUTANTS = {
     "running_sum_not_rescaled": ("d = d * power((m - shift_by) * per_nat) + ", "d = d + "),
     "scale_slope_missing": ("slope = slope * logit_scale", "slope = slope * 1.0"),
     "dtarget_smoothing_missing": (
-        "mass = mass * (1.0 - label_smoothing)\n        if weight_ptr",
-        "mass = mass * 1.0\n        if weight_ptr",
+        "+ dloss\n    if label_smoothing is not None:",
+        "+ dloss\n    if label_smoothing is None:",
     ),
     "ignored_rows_counted": (
         "tl.store(loss_ptr + row, 0.0)",
@@ -82,6 +83,26 @@ CLUSTER_MUTANTS = {
         "return m, d, qx + other_qx, q_sum + other_q_sum",
         "return m, d, qx + other_qx, q_sum",
     ),
+}
+
+TILE_MUTANTS = {
+    "padded_classes_counted": (
+        'mask=mask, other=float("-inf"), eviction_policy=EVICTION).to(DTYPE)',
+        "mask=mask, other=0.0, eviction_policy=EVICTION).to(DTYPE)",
+    ),
+    "last_class_not_stored": (
+        "inside = tile_mask(present, start, N_CLASSES,",
+        "inside = tile_mask(present, start, N_CLASSES - 1,",
+    ),
+    "first_row_scales_every_row": (
+        "dloss = tl.where(ignored, 0.0, tl.load(dloss_ptr + row * DLOSS_STRIDE).to(DTYPE))",
+        "dloss = tl.where(ignored, 0.0, tl.load(dloss_ptr + 0 * row).to(DTYPE))",
+    ),
+    "every_group_is_the_first": ("outer = (tile // tiles)", "outer = (0 * tile)"),
+    "ignored_rows_read": ('r if class_stride is None else tl.where(active[:, None], r, float("-inf"))', "r"),
+    "label_of_every_step": ("label_column - start, target_rows_ptr", "label_column % BLOCK, target_rows_ptr"),
+    "running_sum_not_rescaled": KERNEL_MUTANTS["running_sum_not_rescaled"],
+    "smoothing_missing_in_gradient": KERNEL_MUTANTS["smoothing_missing_in_gradient"],
 }
 
 RULE_MUTANTS = {
@@ -132,9 +153,9 @@ def load_kernels(old: str, new: str, tmp_path, monkeypatch):
     def edit(source):
         found.append(old in source)
         # Each copy imports the copies before it.
-        return re.sub(r"from ce_kernels\.(elements|passes)", r"from mutant_\1", source.replace(old, new))
+        return re.sub(r"from ce_kernels\.(elements|passes|tiles)", r"from mutant_\1", source.replace(old, new))
 
-    *_, mutant = (load_copy(module, edit, tmp_path, monkeypatch) for module in (elements, passes, kernels))
+    *_, mutant = (load_copy(module, edit, tmp_path, monkeypatch) for module in (elements, passes, tiles, kernels))
     assert any(found), f"the mutant's text is no longer in the kernels: {old}"
     return mutant
 
@@ -155,7 +176,7 @@ def survives(frontend, case) -> bool:
 
 
 @pytest.mark.parametrize("name", KERNEL_MUTANTS)
-def test_kernel_mutant_is_killed(name, tmp_path, monkeypatch):
+def test_kernel_mutant_is_killed(one_row_a_program, name, tmp_path, monkeypatch):
     mutant = load_kernels(*KERNEL_MUTANTS[name], tmp_path, monkeypatch)
     use(mutant, monkeypatch)
     assert not all(survives(frontend, case) for frontend, case in KILLERS), f"mutant {name} survives"
@@ -168,10 +189,31 @@ def test_mutant_on_clusters_is_killed(clusters, name, tmp_path, monkeypatch):
     assert not all(survives(frontend, case) for case in CLUSTER_CASES), f"mutant {name} survives"
 
 
-def test_unmutated_kernels_survive(tmp_path, monkeypatch):
+def tiles_survive() -> bool:
+    try:
+        for reduction in ("none", "mean"):
+            check_groups_of_rows((2, 21, 9), reduction)
+            check_groups_of_rows((2, 300, 5), reduction, label_smoothing=0.1)
+    except AssertionError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", TILE_MUTANTS)
+def test_mutant_of_tiles_is_killed(small_tiles, name, tmp_path, monkeypatch):
+    use(load_kernels(*TILE_MUTANTS[name], tmp_path, monkeypatch), monkeypatch)
+    assert not tiles_survive(), f"mutant {name} survives"
+
+
+def test_unmutated_kernels_survive(one_row_a_program, tmp_path, monkeypatch):
     copy = load_kernels("import triton\n", "import triton\n", tmp_path, monkeypatch)
     use(copy, monkeypatch)
     assert all(survives(frontend, case) for frontend, case in KILLERS)
+
+
+def test_unmutated_tiles_survive(small_tiles, tmp_path, monkeypatch):
+    use(load_kernels("import triton\n", "import triton\n", tmp_path, monkeypatch), monkeypatch)
+    assert tiles_survive()
 
 
 DIVISOR_MUTANTS = {

@@ -28,8 +28,8 @@ VIEWS = {
     "expanded_inside": (lambda x: x[:, :1].expand(-1, 4, -1), True),
     "one_row": (lambda x: x[1:2, 2:3], True),
     "nothing": (lambda x: x[:0], True),
-    "transposed_classes": (lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), False),
-    "strided_classes": (lambda x: x[..., ::2], False),
+    "transposed_classes": (lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), True),
+    "strided_classes": (lambda x: x[..., ::2], True),
     "three_levels": (lambda x: x.view(3, 2, 2, 40).permute(2, 0, 1, 3)[:, :, :1], True),
     "really_three_levels": (lambda x: x.view(3, 2, 2, 40).permute(2, 1, 0, 3), False),
     "unaligned": (lambda x: x.flatten()[1:361].view(3, 3, 40), True),
@@ -70,7 +70,7 @@ def test_gradients_have_the_layout_of_their_logits(view, reduction):
 
 @each_reduction
 @pytest.mark.parametrize("slice_bytes", [1, 3 * 40 * 4, 2**20])
-@pytest.mark.parametrize("view", [name for name, (_, in_place) in VIEWS.items() if not in_place])
+@pytest.mark.parametrize("view", ["transposed_classes", "strided_classes", "really_three_levels"])
 def test_scattered_logits_are_read_by_slices(monkeypatch, view, slice_bytes, reduction):
     monkeypatch.setattr(scattered, "SLICE_BYTES", slice_bytes)
     torch.manual_seed(0)

@@ -46,7 +46,7 @@ def stats(inputs: Inputs, spec: RowSpec, *, with_argmax: bool) -> Stats:
     """Per-row statistics: one read of the logits."""
     if spec.implementation == "reference":
         return _plain_stats(inputs, spec, with_argmax)
-    if scattered.is_scattered(inputs.logits):
+    if scattered.is_scattered(inputs):
         return scattered.stats(stats, inputs, spec, with_argmax=with_argmax)
     inputs = _readable(inputs)
     call = _plan_stats(_arrays(inputs), spec, with_argmax)
@@ -62,7 +62,7 @@ def grad(
     """dlogits (and dtarget): one read, one write. donate: dlogits overwrites the logits."""
     if spec.implementation == "reference":
         return _plain_grad(inputs, upstream, spec, with_dtarget, donate)
-    if scattered.is_scattered(inputs.logits):
+    if scattered.is_scattered(inputs):
         return scattered.grad(grad, inputs, upstream, spec, with_dtarget=with_dtarget, donate=donate)
     readable = _readable(inputs)
     logits, target, _ = readable
@@ -85,7 +85,7 @@ def fused(inputs: Inputs, denominator: Tensor, spec: RowSpec, *, donate: bool = 
         out = _plain_stats(inputs, spec, with_argmax=False)
         upstream = Upstream(out.lse, out.target_sum, denominator.reciprocal().expand(out.lse.shape), None)
         return out, _plain_grad(inputs, upstream, spec, with_dtarget=False, donate=donate)[0]
-    if scattered.is_scattered(inputs.logits):
+    if scattered.is_scattered(inputs):
         return scattered.fused(fused, inputs, denominator, spec, donate=donate)
     readable = _readable(inputs)
     logits = readable.logits
@@ -149,7 +149,7 @@ def _readable(inputs: Inputs) -> Inputs:
         logits = logits.contiguous()
     if not target.is_contiguous():
         levels = layout.row_levels(target.shape, target.stride()) if target.is_floating_point() else None
-        if levels is None or levels.rows_inner is not None:
+        if levels is None or levels.rows_inner is not None or levels.class_stride != 1:
             target = target.contiguous()
     return inputs if logits is inputs.logits and target is inputs.target else Inputs(logits, target, weight)
 
@@ -252,6 +252,8 @@ def _problem(arrays: tuple, spec: RowSpec) -> Problem:
         logits_outer_stride=levels.outer_stride,
         dlogits_stride=gradient.stride,
         dlogits_outer_stride=gradient.outer_stride,
+        class_stride=levels.class_stride,
+        dlogits_class_stride=gradient.class_stride,
         aligned=aligned,
         clusters=has_clusters(_capability(device)),
         overlapped=has_overlap(_capability(device)),

@@ -7,21 +7,24 @@ from torch import Tensor
 
 
 class Levels(NamedTuple):
-    """Row i starts at i·stride; with rows_inner at (i // rows_inner)·outer_stride + (i % rows_inner)·stride."""
+    """Row i starts at i·stride; with rows_inner at (i // rows_inner)·outer_stride + (i % rows_inner)·stride.
+
+    From class to class it is class_stride.
+    """
 
     stride: int
     rows_inner: int | None = None
     outer_stride: int | None = None
+    class_stride: int = 1
 
 
 @lru_cache(maxsize=4096)
 def row_levels(shape: tuple[int, ...], strides: tuple[int, ...]) -> Levels | None:
-    """How the rows of an array [*batch, V] are reached in place; None: not at all (strided classes, three levels)."""
+    """How the rows of an array [*batch, V] are reached in place; None: not at all (three levels)."""
     n_classes = shape[-1]
     if 0 in shape:
         return Levels(n_classes)
-    if strides[-1] != 1 and n_classes > 1:
-        return None
+    class_stride = strides[-1] if n_classes > 1 else 1
     levels: list[list[int]] = []
     for size, stride in zip(shape[:-1], strides[:-1], strict=True):
         if size == 1:
@@ -32,12 +35,12 @@ def row_levels(shape: tuple[int, ...], strides: tuple[int, ...]) -> Levels | Non
             levels.append([size, stride])
     if not levels:
         # One row may claim any stride, which would compile the same kernel again.
-        return Levels(n_classes)
+        return Levels(n_classes, class_stride=class_stride)
     if len(levels) == 1:
-        return Levels(levels[0][1])
+        return Levels(levels[0][1], class_stride=class_stride)
     if len(levels) == 2:
         (_, outer_stride), (rows_inner, stride) = levels
-        return Levels(stride, rows_inner, outer_stride)
+        return Levels(stride, rows_inner, outer_stride, class_stride)
     return None
 
 
@@ -73,7 +76,8 @@ def gradient_levels(shape: tuple[int, ...], strides: tuple[int, ...]) -> Levels:
     assert of_logits is not None
     assert found is not None
     if of_logits.rows_inner is not None and found.rows_inner is None:
-        return Levels(found.stride, of_logits.rows_inner, of_logits.rows_inner * found.stride)
+        outer_stride = of_logits.rows_inner * found.stride
+        return Levels(found.stride, of_logits.rows_inner, outer_stride, found.class_stride)
     return found
 
 

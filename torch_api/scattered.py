@@ -15,9 +15,13 @@ from torch_api.rows import Inputs, RowSpec, Stats, Upstream
 SLICE_BYTES = 2**24
 
 
-def is_scattered(logits: Tensor) -> bool:
+def is_scattered(inputs: Inputs) -> bool:
     """Whether logits [*batch, V] are laid out like that; a single row is not: it is copied."""
-    return logits.ndim > 1 and not logits.is_contiguous() and layout.row_levels(logits.shape, logits.stride()) is None
+    logits, target, _ = inputs
+    if logits.ndim == 1 or logits.is_contiguous():
+        return False
+    levels = layout.row_levels(logits.shape, logits.stride())
+    return levels is None or (levels.class_stride != 1 and target.is_floating_point())
 
 
 def stats(operation: Callable[..., Stats], inputs: Inputs, spec: RowSpec, *, with_argmax: bool) -> Stats:

@@ -26,13 +26,16 @@ def compile_launch(launch, problem, options, weighted, loss_types, target):
     for name, value in options.scalars().items():
         if value is not None:
             types[name] = "i32" if name == "ignore_index" else compute if problem.scalars_in_memory else "fp32"
-    # The second row level is no constant, and its strides are multiples of 16 elements where V is.
+    # The second row level is no constant, nor are strides of classes; they are multiples of 16 elements where V is.
     levels = {name: "i32" for name, value in launch.constants if name.islower() and value is not None}
     types |= levels
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     constants = {name: dict(launch.constants).get(name) for name, kind in signature.items() if kind == "constexpr"}
     attrs = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
-    wide = [i for i, name in enumerate(signature) if name in levels and name != "rows_inner"]
+    divisible = {name for name in levels if dict(launch.constants)[name] % 16 == 0}
+    if not launch.config.rows:
+        divisible.discard("rows_inner")  # do_not_specialize
+    wide = [i for i, name in enumerate(signature) if name in divisible]
     attrs |= {(i,): [["tt.divisibility", 16]] for i in wide}
     # Kernels ask the driver which GPU they are for.
     triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: target))
@@ -41,7 +44,7 @@ def compile_launch(launch, problem, options, weighted, loss_types, target):
     assert not launch.options.get("launch_pdl") or constants["OVERLAPPED"]
     if target.backend == "cuda":
         assert waits_before_it_reads(compiled.asm["ptx"]) == bool(constants.get("OVERLAPPED"))
-    if levels:
+    if {"logits_outer_stride", "logits_class_stride"} & set(levels) and target.backend == "cuda":
         assert re.search(r"ld\.global[^\n]*\.v4\.b32", compiled.asm["ptx"]), "narrow loads"
 
 
@@ -86,6 +89,21 @@ for target in TARGETS:
                 n_rows, n, dtype, soft, n, n if soft else 1, n, clusters=clusters, softcap=capped, overlapped=clusters
             )
             for launch, extra in launches(problem, options, options is EVERY):
+                compile_launch(launch, problem, options, options is EVERY, extra, target)
+                count += 1
+# Tiles: short rows with every option, with soft targets, of odd lengths; classes that lie apart, in groups of rows.
+n, inner = 21, 2**16
+apart = Problem(8 * inner, n, "bfloat16", False, 1, 1, n, inner, n * inner, 1, n * inner, inner, inner)
+for target in TARGETS:
+    for problem, options in (
+        (Problem(4096, 128, "bfloat16", True, 128, 128, 128), EVERY),
+        (Problem(4096, 128, "float32", False, 128, 1, 128), EVERY),
+        (Problem(4096, 101, "float64", False, 101, 1, 101), EVERY),
+        (apart, PLAIN),
+    ):
+        if target.backend == "cuda" or problem.logits_dtype == "bfloat16":
+            for launch, extra in launches(problem, options, options is EVERY):
+                assert launch.config.rows
                 compile_launch(launch, problem, options, options is EVERY, extra, target)
                 count += 1
 n, length = 32000, 511

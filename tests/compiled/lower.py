@@ -104,6 +104,8 @@ def main():
     # Traced once, lowered for both.
     traced = {name: jax.jit(function).trace(x, y) for name, function in functions.items()}
     report: dict = {name: custom_calls(program) for name, program in traced.items()}
+    short = jax.ShapeDtypeStruct((N, 128), jnp.bfloat16)
+    report["short_rows"] = custom_calls(jax.jit(functions["train"]).trace(short, y))
     report |= {name: custom_calls(program) for name, program in sharded_programs().items()}
     report["exported"] = exported(functions["train"], x, y)
     report["cpu"] = any("triton" in program.lower(lowering_platforms=("cpu",)).as_text() for program in traced.values())
