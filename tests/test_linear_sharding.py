@@ -7,8 +7,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests import sharded_linear
+from tests import processes, sharded_linear
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,35 +33,20 @@ def test_in_jax(on_four_devices, name):
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory):
     """What processes print that run the cases of `tests.sharded_linear`, by how many they are."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-    @cache
-    def by(size):
-        file = tmp_path_factory.mktemp("gloo") / "rendezvous"
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.sharded_linear", str(rank), str(size), str(file)],
-                cwd=ROOT,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(size)
-        ]
-        try:
-            return "\n".join(process.communicate(timeout=240)[0] for process in processes)
-        finally:
-            for process in processes:
-                process.kill()
-
-    return by
+    return cache(lambda size: processes.start("tests.sharded_linear", size, tmp_path_factory.mktemp("gloo")))
 
 
 @pytest.mark.parametrize("case", [case.__name__ for case in sharded_linear.CASES])
 def test_in_torch(printed, case):
-    assert f"passed {case}\n" in printed(2), printed(2)[-4000:]
+    assert case in processes.passed(printed(2)), printed(2)[-4000:]
 
 
 def test_dtensors_over_a_mesh_of_two_dimensions(printed):
-    assert "passed dtensor_heads\n" in printed(4), printed(4)[-4000:]
+    assert processes.passed(printed(4)) == ["dtensor_heads"], printed(4)[-4000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_in_torch_over_nccl(tmp_path):
+    output = processes.start("tests.sharded_linear", 2, tmp_path, "cuda")
+    assert processes.passed(output) == [case.__name__ for case in sharded_linear.CASES], output[-4000:]

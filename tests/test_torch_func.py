@@ -102,7 +102,7 @@ def test_vmap_over_nothing(batch, implementation):
     assert vmap(rows, (None, None, 0))(x[0], y[0], w[:0]).shape == (0, 4)
 
 
-def test_vmap_is_one_launch(batch, monkeypatch):
+def test_vmap_is_one_launch(one_row_a_program, batch, monkeypatch):
     x, y, _, w = batch
     launched = []
     run = launch._run
