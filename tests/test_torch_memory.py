@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tests.conftest import HAS_GPU
-from torch_api import CrossEntropyLoss, cross_entropy, cross_entropy_rows, layout, scattered
+from torch_api import CrossEntropyLoss, cross_entropy, cross_entropy_rows, layout, reference, slices
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 each_implementation = pytest.mark.parametrize("implementation", ["reference", "triton"])
@@ -72,7 +72,7 @@ def test_gradients_have_the_layout_of_their_logits(view, reduction):
 @pytest.mark.parametrize("slice_bytes", [1, 3 * 40 * 4, 2**20])
 @pytest.mark.parametrize("view", ["transposed_classes", "strided_classes", "really_three_levels"])
 def test_scattered_logits_are_read_by_slices(monkeypatch, view, slice_bytes, reduction):
-    monkeypatch.setattr(scattered, "SLICE_BYTES", slice_bytes)
+    monkeypatch.setattr(slices, "SLICE_BYTES", slice_bytes)
     torch.manual_seed(0)
     base = torch.randn(3, 4, 40, device=DEVICE, requires_grad=True)
     logits = VIEWS[view][0](base)
@@ -94,6 +94,35 @@ def test_scattered_logits_are_read_by_slices(monkeypatch, view, slice_bytes, red
     plain = cross_entropy(logits, labels, dim=-1) * 2
     given = donated(logits * 1, labels, "triton", dim=-1) * 2
     torch.testing.assert_close(torch.autograd.grad(given, base), torch.autograd.grad(plain, base))
+
+
+@each_reduction
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("elements", [1, 3 * 40])
+@pytest.mark.parametrize("view", [name for name in VIEWS if name != "nothing"])
+def test_plain_operations_on_a_cpu_take_slices(monkeypatch, view, elements, donate, reduction):
+    torch.manual_seed(0)
+    base = torch.randn(3, 4, 40, requires_grad=True)
+    labels = torch.randint(0, VIEWS[view][0](base).shape[-1], VIEWS[view][0](base).shape[:-1])
+    labels.view(-1)[0] = -100
+    donate = donate and "expanded" not in view  # refused: rows share memory
+    sizes = []
+    stats = reference.stats
+    monkeypatch.setattr(reference, "stats", lambda rows, *rest: sizes.append(rows.logits.numel()) or stats(rows, *rest))
+
+    def run():
+        logits = VIEWS[view][0](base * 1)
+        loss = cross_entropy(
+            logits, labels, dim=-1, reduction=reduction, implementation="reference", donate_logits=donate
+        )
+        rows = cross_entropy_rows(VIEWS[view][0](base), labels, dim=-1, implementation="reference")
+        return loss, *torch.autograd.grad(loss.sum() + rows.lse.sum(), base), rows.predicted
+
+    whole, largest = run(), max(sizes)
+    monkeypatch.setattr(slices, "SLICE_ELEMENTS", elements)
+    sizes.clear()
+    torch.testing.assert_close(run(), whole, equal_nan=True)
+    assert labels.numel() == 1 or max(sizes) < largest
 
 
 def test_soft_targets_through_views():
@@ -320,7 +349,7 @@ def test_peak_memory(name, buffers):
         return (torch.cuda.max_memory_allocated() - before) / (view.numel() * view.element_size())
 
     peak()  # compiles
-    of_slice = scattered.SLICE_BYTES / (view.numel() * view.element_size()) if "first" in name else 0.0
+    of_slice = slices.SLICE_BYTES / (view.numel() * view.element_size()) if "first" in name else 0.0
     assert peak() < buffers + of_slice + 0.02
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ce_kernels import Launch, Problem, plan_fused, plan_grad, plan_stats
 from ce_kernels.launch import has_clusters, has_overlap
 from ce_kernels.spec import check_implementation, fail
-from torch_api import layout, reference, scattered
+from torch_api import layout, reference, slices
 from torch_api.rows import Inputs, RowSpec, Stats, Upstream
 
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -45,9 +45,11 @@ def choose_implementation(implementation: str | None, device: torch.device) -> s
 def stats(inputs: Inputs, spec: RowSpec, *, with_argmax: bool) -> Stats:
     """Per-row statistics: one read of the logits."""
     if spec.implementation == "reference":
-        return _plain_stats(inputs, spec, with_argmax)
-    if scattered.is_scattered(inputs):
-        return scattered.stats(stats, inputs, spec, with_argmax=with_argmax)
+        if slices.overflows_cache(inputs):
+            return slices.stats(_plain_stats, inputs, spec, with_argmax=with_argmax)
+        return _plain_stats(inputs, spec, with_argmax=with_argmax)
+    if slices.is_scattered(inputs):
+        return slices.stats(stats, inputs, spec, with_argmax=with_argmax)
     inputs = _readable(inputs)
     call = _plan_stats(_arrays(inputs), spec, with_argmax)
     loss, lse, target_sum = _row_outputs(call, inputs.logits)
@@ -61,9 +63,11 @@ def grad(
 ) -> tuple[Tensor, Tensor | None]:
     """dlogits (and dtarget): one read, one write. donate: dlogits overwrites the logits."""
     if spec.implementation == "reference":
-        return _plain_grad(inputs, upstream, spec, with_dtarget, donate)
-    if scattered.is_scattered(inputs):
-        return scattered.grad(grad, inputs, upstream, spec, with_dtarget=with_dtarget, donate=donate)
+        if slices.overflows_cache(inputs):
+            return slices.grad(_plain_grad, inputs, upstream, spec, with_dtarget=with_dtarget, donate=donate)
+        return _plain_grad(inputs, upstream, spec, with_dtarget=with_dtarget, donate=donate)
+    if slices.is_scattered(inputs):
+        return slices.grad(grad, inputs, upstream, spec, with_dtarget=with_dtarget, donate=donate)
     readable = _readable(inputs)
     logits, target, _ = readable
     # A copy made for reading is nobody's: the gradient may overwrite it.
@@ -82,11 +86,11 @@ def grad(
 def fused(inputs: Inputs, denominator: Tensor, spec: RowSpec, *, donate: bool = False) -> tuple[Stats, Tensor]:
     """Statistics, and dlogits of Σ loss / denominator for a 0-d denominator, in one launch."""
     if spec.implementation == "reference":
-        out = _plain_stats(inputs, spec, with_argmax=False)
-        upstream = Upstream(out.lse, out.target_sum, denominator.reciprocal().expand(out.lse.shape), None)
-        return out, _plain_grad(inputs, upstream, spec, with_dtarget=False, donate=donate)[0]
-    if scattered.is_scattered(inputs):
-        return scattered.fused(fused, inputs, denominator, spec, donate=donate)
+        if slices.overflows_cache(inputs):
+            return slices.fused(_plain_fused, inputs, denominator, spec, donate=donate)
+        return _plain_fused(inputs, denominator, spec, donate=donate)
+    if slices.is_scattered(inputs):
+        return slices.fused(fused, inputs, denominator, spec, donate=donate)
     readable = _readable(inputs)
     logits = readable.logits
     in_place = donate or logits is not inputs.logits
@@ -108,7 +112,7 @@ def scale_(values: Tensor, scale: Tensor, implementation: str) -> None:
         run_alone("scale_kernel", programs, (values, scale, values.numel()), (block,), num_warps=16)
 
 
-def _plain_stats(inputs: Inputs, spec: RowSpec, with_argmax: bool) -> Stats:
+def _plain_stats(inputs: Inputs, spec: RowSpec, *, with_argmax: bool) -> Stats:
     out = reference.stats(flat(inputs), spec, with_argmax)
     shape = inputs.logits.shape[:-1]
     if out.loss.shape == shape:
@@ -119,7 +123,7 @@ def _plain_stats(inputs: Inputs, spec: RowSpec, with_argmax: bool) -> Stats:
 
 
 def _plain_grad(
-    inputs: Inputs, upstream: Upstream, spec: RowSpec, with_dtarget: bool, donate: bool
+    inputs: Inputs, upstream: Upstream, spec: RowSpec, *, with_dtarget: bool, donate: bool
 ) -> tuple[Tensor, Tensor | None]:
     rows = Upstream(*(None if x is None else x.reshape(-1) for x in upstream))  # pyright: ignore[reportArgumentType]
     dlogits, dtarget = reference.grad(flat(inputs), rows, spec, with_dtarget)
@@ -127,6 +131,12 @@ def _plain_grad(
     if donate:
         dlogits = inputs.logits.detach().copy_(dlogits)
     return dlogits, None if dtarget is None else dtarget.reshape(inputs.target.shape)
+
+
+def _plain_fused(inputs: Inputs, denominator: Tensor, spec: RowSpec, *, donate: bool) -> tuple[Stats, Tensor]:
+    out = _plain_stats(inputs, spec, with_argmax=False)
+    upstream = Upstream(out.lse, out.target_sum, denominator.reciprocal().expand(out.lse.shape), None)
+    return out, _plain_grad(inputs, upstream, spec, with_dtarget=False, donate=donate)[0]
 
 
 def flat(inputs: Inputs) -> Inputs:

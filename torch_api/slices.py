@@ -1,7 +1,8 @@
-"""Logits whose rows no kernel can reach in place, as those of (N, C, d1), a slice of them at a time.
+"""Row operations a slice of the rows at a time.
 
-A slice is copied with its classes side by side, small enough for the cache, and the kernels run on the copy. No whole
-copy is made, and the gradient has the layout of the logits.
+Logits whose rows no kernel can reach in place are copied, a slice small enough for the cache, and the kernels run on
+the copy. On CPUs the plain operations' temporaries stay in the cache that way. No whole copy is made, and the gradient
+has the layout of the logits.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,14 +10,15 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from torch_api import layout
+from torch_api import layout, tracing
 from torch_api.rows import Inputs, RowSpec, Stats, Upstream
 
-SLICE_BYTES = 2**24
+SLICE_BYTES = 2**24  # of a GPU: from 2**23 to 2**26 differ by an eighth at most (H200)
+SLICE_ELEMENTS = 2**20  # of a CPU: plain operations take four times as long on 2**24 bf16 logits at once
 
 
 def is_scattered(inputs: Inputs) -> bool:
-    """Whether logits [*batch, V] are laid out like that; a single row is not: it is copied."""
+    """Whether no kernel reaches the rows of logits [*batch, V] in place; a single row is copied elsewhere."""
     logits, target, _ = inputs
     if logits.ndim == 1 or logits.is_contiguous():
         return False
@@ -24,9 +26,15 @@ def is_scattered(inputs: Inputs) -> bool:
     return levels is None or (levels.class_stride != 1 and target.is_floating_point())
 
 
+def overflows_cache(inputs: Inputs) -> bool:
+    """Whether plain operations on a CPU would leave its cache; tracers and transforms see whole arrays."""
+    logits = inputs.logits
+    return logits.is_cpu and logits.ndim > 1 and logits.numel() > SLICE_ELEMENTS and tracing.is_eager(*inputs)
+
+
 def stats(operation: Callable[..., Stats], inputs: Inputs, spec: RowSpec, *, with_argmax: bool) -> Stats:
     """`launch.stats` of slices."""
-    parts = [operation(_copied(inputs, own), spec, with_argmax=with_argmax) for own in _slices(inputs.logits)]
+    parts = [operation(_part(inputs, own, spec), spec, with_argmax=with_argmax) for own in _slices(inputs.logits, spec)]
     return _joined(inputs, parts)
 
 
@@ -42,13 +50,14 @@ def grad(
     """`launch.grad` of slices."""
     dlogits = inputs.logits if donate else torch.empty_like(inputs.logits)
     dtarget = torch.empty_like(inputs.target) if with_dtarget else None
-    for own in _slices(inputs.logits):
+    for own in _slices(inputs.logits, spec):
         rows = Upstream(*(None if x is None else own(x) for x in upstream))  # pyright: ignore[reportArgumentType]
-        found = operation(_copied(inputs, own), rows, spec, with_dtarget=with_dtarget, donate=True)
+        part = _part(inputs, own, spec)
+        found = operation(part, rows, spec, with_dtarget=with_dtarget, donate=_is_copied(spec))
         own(dlogits).copy_(found[0])
         if dtarget is not None and found[1] is not None:
             own(dtarget).copy_(found[1])
-        del found  # before the next slice is copied
+        del part, found  # before the next slice is copied
     return dlogits, dtarget
 
 
@@ -58,19 +67,21 @@ def fused(
     """`launch.fused` of slices."""
     dlogits = inputs.logits if donate else torch.empty_like(inputs.logits)
     parts = []
-    for own in _slices(inputs.logits):
-        out, gradient = operation(_copied(inputs, own), denominator, spec, donate=True)
+    for own in _slices(inputs.logits, spec):
+        part = _part(inputs, own, spec)
+        out, gradient = operation(part, denominator, spec, donate=_is_copied(spec))
         own(dlogits).copy_(gradient)
-        del gradient  # before the next slice is copied
+        del part, gradient  # before the next slice is copied
         parts.append(out)
     return _joined(inputs, parts), dlogits
 
 
-def _slices(logits: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
+def _slices(logits: Tensor, spec: RowSpec) -> Iterator[Callable[[Tensor], Tensor]]:
     """What takes a slice's part of an array with the batch dimensions, along the longest of them."""
     dim = _longest(logits)
     size = logits.shape[dim]
-    step = max(1, SLICE_BYTES * size // (logits.numel() * logits.element_size()))
+    elements = SLICE_BYTES // logits.element_size() if _is_copied(spec) else SLICE_ELEMENTS
+    step = max(1, elements * size // logits.numel())
     for start in range(0, size, step):
         length = min(step, size - start)
         yield lambda array, start=start, length=length: array.narrow(dim, start, length)
@@ -81,9 +92,15 @@ def _longest(logits: Tensor) -> int:
     return max(range(len(batch)), key=batch.__getitem__)
 
 
-def _copied(inputs: Inputs, own: Callable[[Tensor], Tensor]) -> Inputs:
-    # A clone even where the slice is contiguous: the gradient overwrites it.
-    logits = own(inputs.logits).clone(memory_format=torch.contiguous_format)
+def _is_copied(spec: RowSpec) -> bool:
+    return spec.implementation == "triton"
+
+
+def _part(inputs: Inputs, own: Callable[[Tensor], Tensor], spec: RowSpec) -> Inputs:
+    logits = own(inputs.logits)
+    if _is_copied(spec):
+        # Even where the slice is contiguous: the gradient overwrites it.
+        logits = logits.clone(memory_format=torch.contiguous_format)
     return Inputs(logits, own(inputs.target), inputs.weight)
 
 
