@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.conftest import HAS_GPU
-from torch_api import causal_lm_loss, cross_entropy, patch
+from torch_api import causal_lm_loss, cross_entropy, for_causal_lm_loss, patch
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -44,6 +44,38 @@ def test_causal_lm_loss_is_the_shifted_mean():
     torch.testing.assert_close(causal_lm_loss({"logits": logits}, labels, tokens), expected)
     with pytest.raises(TypeError, match=r"got labels=None; required: labels \[batch, time\]"):
         causal_lm_loss(logits, None)
+
+
+def test_transformers_models_take_the_loss():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).to(DEVICE)
+    tokens = torch.randint(0, 64, (2, 9), device=DEVICE)
+    labels = tokens.clone()
+    labels[0, :4] = -100
+    mask = torch.ones_like(tokens)
+    cases = ({"labels": labels}, {"labels": labels, "num_items_in_batch": torch.tensor(7)})
+    cases += ({"labels": labels, "shift_labels": labels.roll(-1, 1)},)
+
+    def step(**given):
+        loss = model(tokens, attention_mask=mask, **given).loss
+        return loss, *torch.autograd.grad(loss, list(model.parameters()))
+
+    expected = [step(**case) for case in cases]
+    calls = []
+    model.loss_function = lambda **given: calls.append(given) or for_causal_lm_loss(**given)
+    for case, right in zip(cases, expected, strict=True):
+        torch.testing.assert_close(step(**case), right)
+    assert len(calls) == len(cases)
+    smoothed = for_causal_lm_loss(**calls[0], label_smoothing=0.1)
+    assert smoothed > for_causal_lm_loss(**calls[0])
+    with pytest.raises(ValueError, match="got vocab_size=63 with logits of 64 classes"):
+        for_causal_lm_loss(**{**calls[0], "vocab_size": 63})
+    with pytest.raises(TypeError, match=r"got labels=None; required: labels \[batch, time\]"):
+        for_causal_lm_loss(**{**calls[0], "labels": None})
 
 
 def test_gradient_accumulation_is_exact_whatever_the_batches_hold():

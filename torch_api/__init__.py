@@ -17,3 +17,4 @@ from torch_api.module import CrossEntropyLoss as CrossEntropyLoss
 from torch_api.patching import functional_cross_entropy as functional_cross_entropy
 from torch_api.patching import patch as patch
 from torch_api.trainers import causal_lm_loss as causal_lm_loss
+from torch_api.trainers import for_causal_lm_loss as for_causal_lm_loss
