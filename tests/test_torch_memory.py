@@ -30,6 +30,7 @@ VIEWS = {
     "nothing": (lambda x: x[:0], True),
     "transposed_classes": (lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), True),
     "strided_classes": (lambda x: x[..., ::2], True),
+    "batch_innermost": (lambda x: x.permute(2, 0, 1), True),
     "three_levels": (lambda x: x.view(3, 2, 2, 40).permute(2, 0, 1, 3)[:, :, :1], True),
     "really_three_levels": (lambda x: x.view(3, 2, 2, 40).permute(2, 1, 0, 3), False),
     "unaligned": (lambda x: x.flatten()[1:361].view(3, 3, 40), True),
@@ -70,7 +71,7 @@ def test_gradients_have_the_layout_of_their_logits(view, reduction):
 
 @each_reduction
 @pytest.mark.parametrize("slice_bytes", [1, 3 * 40 * 4, 2**20])
-@pytest.mark.parametrize("view", ["transposed_classes", "strided_classes", "really_three_levels"])
+@pytest.mark.parametrize("view", ["transposed_classes", "strided_classes", "batch_innermost", "really_three_levels"])
 def test_scattered_logits_are_read_by_slices(monkeypatch, view, slice_bytes, reduction):
     monkeypatch.setattr(slices, "SLICE_BYTES", slice_bytes)
     torch.manual_seed(0)

@@ -18,12 +18,19 @@ SLICE_ELEMENTS = 2**20  # of a CPU: plain operations take four times as long on 
 
 
 def is_scattered(inputs: Inputs) -> bool:
-    """Whether no kernel reaches the rows of logits [*batch, V] in place; a single row is copied elsewhere."""
+    """Whether no kernel reaches the rows of logits [*batch, V] in place, or only an element at a time.
+
+    A single row is copied elsewhere.
+    """
     logits, target, _ = inputs
     if logits.ndim == 1 or logits.is_contiguous():
         return False
     levels = layout.row_levels(logits.shape, logits.stride())
-    return levels is None or (levels.class_stride != 1 and target.is_floating_point())
+    if levels is None:
+        return True
+    # A tile's neighbours are rows of one group, or classes.
+    elsewhere = 0 < (levels.outer_stride or 0) < min(levels.stride, levels.class_stride)
+    return levels.class_stride != 1 and (elsewhere or target.is_floating_point())
 
 
 def overflows_cache(inputs: Inputs) -> bool:
