@@ -353,7 +353,8 @@ def cross_entropy_tile_fused_kernel(
 ):
     """One program: statistics, then gradient of a tile whose upstream gradient, 1 / denominator, is known beforehand.
 
-    Bytes: the logits read once, and once more where a step does not hold them all; one write.
+    Bytes: the logits read once, and once more where a step does not hold them all or ROW_A_THREAD holds them in threads
+    that are not those that write; one write.
     Algorithm: the two phases above in one launch. With dlogits_ptr None the gradient overwrites the logits.
     """
     DTYPE: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32

@@ -139,12 +139,8 @@ APART = {
     ),
     "grad": ((None, Config(16, 2, rows=128)),),  # 16·512²×21: 1.4; 4·769²×19: 1.67; 8·64²×1000: 1.10
 }
-# Where those of neighbouring rows cannot be read together, as the compiler sees it.
-APART_NARROW = {
-    "stats": ((512, Config(32, 4, rows=128)), *APART["stats"][1:]),  # 4·769²×19: 0.91
-    "fused": APART["fused"][1:],  # 4·769²×19: 1.86
-    "grad": APART["grad"],
-}
+# Where those of neighbouring rows are not read together: up to so many classes.
+NARROW = (512, Config(32, 4, rows=128))  # 4·769²×19: 1.88; statistics 0.91
 # Rows from which clusters are worth their barriers, in bytes; fewer rows than this leave multiprocessors idle.
 LONG_ROW, FEW_ROWS = 2 * 65536, 132
 
@@ -186,10 +182,20 @@ def _tile(kernel: str, problem: Problem) -> Config:
             return replace(_pick(ROW_A_THREAD, problem.n_classes), block=every_class)
         config = _pick(TILES[kernel], problem.row_bytes)
         return replace(config, block=every_class, rows=max(1, _elements(config, problem) // every_class))
-    config = _pick((APART_NARROW if problem.class_stride % 16 else APART)[kernel], problem.n_classes)
+    config = _pick(APART[kernel], problem.n_classes)
+    if kernel != "grad" and problem.n_classes <= NARROW[0] and not _is_wide(problem):
+        config = NARROW[1]
     neighbours = 1 << ((problem.rows_inner or problem.n_rows) - 1).bit_length()
     rows = min(config.rows * 2 // problem.itemsize, neighbours)
-    return replace(config, block=min(_elements(config, problem) // rows, every_class), rows=rows)
+    block = min(_elements(config, problem) // rows, every_class)
+    # 4 elements a thread at the least.
+    return replace(config, block=block, rows=rows, num_warps=max(1, min(config.num_warps, rows * block // 128)))
+
+
+def _is_wide(problem: Problem) -> bool:
+    """Whether classes of neighbouring rows are read together, as the compiler sees it."""
+    strides = (problem.class_stride, problem.logits_outer_stride or 0)
+    return problem.aligned and problem.logits_stride == 1 and all(stride % 16 == 0 for stride in strides)
 
 
 def _pick(table: tuple[tuple[int | None, Config], ...], size: int) -> Config:

@@ -113,9 +113,12 @@ def one_row_a_program(monkeypatch):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Every row is in a tile of four, walked eight classes a step."""
+    """Every row is in a tile of four, walked eight classes a step; where classes are neighbours, a row a thread."""
     from ce_kernels import tuning
 
-    monkeypatch.setattr(tuning, "choose", lambda *_, **__: tuning.Config(8, 1, rows=4))
+    def choose(kernel, problem, **_):
+        return tuning.Config(8, 1, rows=4, row_a_thread=problem.class_stride == 1)
+
+    monkeypatch.setattr(tuning, "choose", choose)
     with planned_anew():
         yield

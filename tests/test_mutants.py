@@ -15,7 +15,11 @@ from tests.cases import CASES, CLUSTER_CASES
 from tests.conftest import HAS_GPU
 from tests.frontends import Jax, Torch
 from tests.test_contract import check_case
-from tests.test_tiles import check_groups_of_rows
+from tests.test_tiles import (
+    check_groups_of_rows,
+    test_a_crop_and_its_gradient_have_strides_of_their_own,
+    test_ignored_rows_have_no_lse,
+)
 from torch_api import launch, losses, reductions, rules
 from torch_api.rows import Inputs, RowSpec
 
@@ -100,6 +104,14 @@ TILE_MUTANTS = {
     ),
     "every_group_is_the_first": ("outer = (tile // tiles)", "outer = (0 * tile)"),
     "ignored_rows_read": ('r if class_stride is None else tl.where(active[:, None], r, float("-inf"))', "r"),
+    "gradient_by_the_strides_of_logits": ("out_stride = dlogits_class_stride", "out_stride = None"),
+    "absent_rows_counted": ("rows = active if class_stride is None else present", "rows = active | True"),
+    "argmax_of_the_last_step": ("largest > best, first +", "largest > -1e30, first +"),
+    "ignored_rows_have_an_lse": ("d = tl.where(active, d, 1.0)", "d = d + 0.0"),
+    "classes_of_a_thread_repeated": (
+        "tl.arange(0, BLOCK)[:, None] * tl.num_programs(1)",
+        "tl.arange(0, BLOCK)[:, None] * 0",
+    ),
     "label_of_every_step": ("label_column - start, target_rows_ptr", "label_column % BLOCK, target_rows_ptr"),
     "running_sum_not_rescaled": KERNEL_MUTANTS["running_sum_not_rescaled"],
     "smoothing_missing_in_gradient": KERNEL_MUTANTS["smoothing_missing_in_gradient"],
@@ -192,8 +204,11 @@ def test_mutant_on_clusters_is_killed(clusters, name, tmp_path, monkeypatch):
 def tiles_survive() -> bool:
     try:
         for reduction in ("none", "mean"):
-            check_groups_of_rows((2, 21, 9), reduction)
-            check_groups_of_rows((2, 300, 5), reduction, label_smoothing=0.1)
+            check_groups_of_rows((2, 21, 19), reduction)
+            check_groups_of_rows((2, 100, 17), reduction, label_smoothing=0.1)
+            check_groups_of_rows((7, 21), reduction)
+        test_a_crop_and_its_gradient_have_strides_of_their_own()
+        test_ignored_rows_have_no_lse()
     except AssertionError:
         return False
     return True

@@ -81,7 +81,8 @@ def test_scattered_logits_are_read_by_slices(monkeypatch, view, slice_bytes, red
     labels = torch.randint(0, logits.shape[-1], logits.shape[:-1], device=DEVICE)
     labels.view(-1)[1] = -100
     for target, inputs in ((labels, [base]), (soft, [base, soft])):
-        expected = F.cross_entropy(logits.movedim(-1, 1), target if target is labels else target.movedim(-1, 1))
+        # As matrices: PyTorch's own for more dimensions is not deterministic on a GPU.
+        expected = F.cross_entropy(logits.flatten(0, 1), target.flatten(0, 1))
         right = torch.autograd.grad(expected * 2, inputs, retain_graph=True)
         loss = cross_entropy(logits, target, dim=-1, reduction=reduction, implementation="triton")
         if reduction == "none":

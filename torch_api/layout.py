@@ -55,18 +55,22 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 @lru_cache(maxsize=4096)
 def gradient_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides of a gradient: those of logits that fill their memory, in whatever order; else contiguous ones."""
+    """The strides of a gradient: it fills its memory, in the order of its logits; contiguous where these overlap."""
     contiguous = contiguous_strides(shape)
     # The stride of a single element says nothing.
     if 0 in shape or all(a == b or size == 1 for a, b, size in zip(strides, contiguous, shape, strict=True)):
         return contiguous
-    dims = sorted((stride, size) for size, stride in zip(shape, strides, strict=True) if size != 1)
-    step = 1
-    for stride, size in dims:
-        if stride != step:
-            return contiguous
-        step *= size
-    return strides
+    if any(stride == 0 and size > 1 for size, stride in zip(shape, strides, strict=True)):
+        return contiguous
+    found, step = list(strides), 1
+    for dim in sorted((dim for dim, size in enumerate(shape) if size > 1), key=strides.__getitem__):
+        found[dim] = step
+        step *= shape[dim]
+    # The kernels reach both in the same levels.
+    of_logits, levels = row_levels(shape, strides), row_levels(shape, tuple(found))
+    if of_logits is not None and (levels is None or levels.rows_inner not in (None, of_logits.rows_inner)):
+        return contiguous
+    return tuple(found)
 
 
 def gradient_levels(shape: tuple[int, ...], strides: tuple[int, ...]) -> Levels:

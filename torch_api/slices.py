@@ -14,6 +14,7 @@ from torch_api import layout, tracing
 from torch_api.rows import Inputs, RowSpec, Stats, Upstream
 
 SLICE_BYTES = 2**24  # of a GPU: from 2**23 to 2**26 differ by an eighth at most (H200)
+FEW_NEIGHBOURS, FEW_ROWS, MANY_CLASSES = 16, 2048, 1024
 SLICE_ELEMENTS = 2**20  # of a CPU: plain operations take four times as long on 2**24 bf16 logits at once
 
 
@@ -28,9 +29,12 @@ def is_scattered(inputs: Inputs) -> bool:
     levels = layout.row_levels(logits.shape, logits.stride())
     if levels is None:
         return True
-    # A tile's neighbours are rows of one group, or classes.
+    n_classes = logits.shape[-1]
+    n_rows = logits.numel() // n_classes
+    # A tile's neighbours are rows of one group, or classes. Few leave it empty; few tiles leave multiprocessors idle.
     elsewhere = 0 < (levels.outer_stride or 0) < min(levels.stride, levels.class_stride)
-    return levels.class_stride != 1 and (elsewhere or target.is_floating_point())
+    few = (levels.rows_inner or n_rows) < FEW_NEIGHBOURS or (n_rows < FEW_ROWS and n_classes > MANY_CLASSES)
+    return levels.class_stride != 1 and (elsewhere or few or target.is_floating_point())
 
 
 def overflows_cache(inputs: Inputs) -> bool:
