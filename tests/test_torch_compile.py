@@ -194,6 +194,43 @@ def test_operators_are_what_they_say(dtype):
             library.opcheck(torch.ops.ce_kernels.row_gradients, gradients)
 
 
+LAYOUTS = {
+    "classes_first": lambda x: x.movedim(1, -1),
+    "channels_last": lambda x: x.unsqueeze(-1).to(memory_format=torch.channels_last).movedim(1, -1),
+    "crop": lambda x: x[..., :17].movedim(1, -1),
+    "cut": lambda x: x[..., 3:16],
+    "steps": lambda x: x[:, ::2, ::2],
+    "permuted": lambda x: x.permute(2, 0, 1),
+    "expanded": lambda x: x[:1].expand(4, -1, -1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_the_operator_are_laid_out_as_its_fake_says(layout, implementation):
+    torch.manual_seed(0)
+    logits = LAYOUTS[layout](torch.randn(3, 5, 20, device=DEVICE))
+    scalars = ops.flat_spec(RowSpec(Options(), implementation))
+    for target in (torch.randint(0, logits.shape[-1], logits.shape[:-1], device=DEVICE), logits.softmax(-1)):
+        _, lse, target_sum, _ = torch.ops.ce_kernels.row_statistics(logits, target, None, True, *scalars)
+        soft = target.is_floating_point()
+        gradients = (logits, target, None, lse, target_sum, lse, None, soft, *scalars)
+        library.opcheck(torch.ops.ce_kernels.row_gradients, gradients)
+        dlogits, dtarget = torch.ops.ce_kernels.row_gradients(*gradients)
+        assert dlogits.stride() == torch.empty_like(logits).stride()
+        assert not soft or dtarget.stride() == torch.empty_like(target).stride()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_gradients_have_the_layout_of_their_logits(backend):
+    logits = torch.randn(3, 5, 20, device=DEVICE, requires_grad=True)
+    labels = torch.randint(0, 5, (3, 20), device=DEVICE)
+    compiled = torch.compile(lambda x: cross_entropy(x, labels), fullgraph=True, backend=backend)
+    torch.testing.assert_close(both(compiled, logits), both(lambda x: cross_entropy(x, labels), logits))
+    assert both(compiled, logits)[1].stride() == logits.stride()
+
+
 def test_meta_and_fake_tensors():
     logits, labels = (
         torch.empty(3, 7, device="meta", requires_grad=True),

@@ -1,7 +1,8 @@
 """The row operations as custom operators with fakes, for whoever traces: compile, export, make_fx.
 
-They cannot be looked into, they run `torch_api.launch`, and their gradients are contiguous. Statistics have a
-derivative of their own for graphs that hold nothing else of ours: exported programs that are trained.
+They cannot be looked into, they run `torch_api.launch`, and their gradients are laid out as `torch.empty_like` lays
+them. Statistics have a derivative of their own for graphs that hold nothing else of ours: exported programs that are
+trained.
 """
 
 import torch
@@ -76,7 +77,14 @@ def _row_gradients(logits, target, weight, lse, target_sum, dloss, dlse, with_dt
     dlogits, dtarget = launch.grad(
         Inputs(logits, target, weight), upstream, spec_of(*scalars), with_dtarget=with_dtarget
     )
-    return dlogits.contiguous(), _nothing(logits, target.dtype) if dtarget is None else dtarget.contiguous()
+    nothing = _nothing(logits, target.dtype)
+    return _laid_out(dlogits, logits), nothing if dtarget is None else _laid_out(dtarget, target)
+
+
+def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
+    """The gradient with the strides that its fake promises: those of `torch.empty_like`."""
+    strides = torch.empty_like(like, device="meta").stride()
+    return gradient if gradient.stride() == strides else torch.empty_like(like).copy_(gradient)
 
 
 def _nothing(like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -134,4 +142,4 @@ def _(logits, target, weight, with_argmax, *scalars):
 
 @library.register_fake("ce_kernels::row_gradients", lib=_library)
 def _(logits, target, weight, lse, target_sum, dloss, dlse, with_dtarget, *scalars):
-    return logits.new_empty(logits.shape), target.new_empty(target.shape if with_dtarget else 0)
+    return torch.empty_like(logits), torch.empty_like(target) if with_dtarget else target.new_empty(0)
