@@ -14,6 +14,7 @@ from torch_api import layout, tracing
 from torch_api.rows import Inputs, RowSpec, Stats, Upstream
 
 SLICE_BYTES = 2**24  # of a GPU: from 2**23 to 2**26 differ by an eighth at most (H200)
+# From the number of programs and of their steps, not timed.
 FEW_NEIGHBOURS, FEW_ROWS, MANY_CLASSES = 16, 2048, 1024
 SLICE_ELEMENTS = 2**20  # of a CPU: plain operations take four times as long on 2**24 bf16 logits at once
 
