@@ -16,9 +16,9 @@ from benchmarks.few_classes import few_classes
 from benchmarks.growth import growth
 from benchmarks.host import measure
 from benchmarks.memory_jax import temporary_bytes
-from benchmarks.names import OURS_JAX, OURS_TORCH, OVERWRITES
+from benchmarks.names import OURS_TORCH, OVERWRITES
 from benchmarks.shapes import LLAMA3, SHAPES, Shape
-from benchmarks.timing import ROTATED_BYTES, interleaved, jax_ms, mistake, peak_bytes, train
+from benchmarks.timing import ROTATED_BYTES, interleaved, jax_ms, peak_bytes, refused, train
 
 CHECKED_ROWS = 64
 
@@ -49,17 +49,6 @@ def read(logits: torch.Tensor) -> None:
     words = logits.detach().flatten().view(torch.int32)
     out = torch.empty(words.numel() // block, dtype=torch.int32, device="cuda")
     read_kernel[(len(out),)](words, out, BLOCK=block, num_warps=16)  # pyright: ignore
-
-
-def refused(name: str, loss: torch.Tensor, gradient: torch.Tensor, right: tuple) -> bool:
-    """Whether a contender's result is too wrong to be timed; raises if it is ours."""
-    # One unit in the last place of bf16; some peers round log-probabilities to bf16, and exponentiate those.
-    wrong = mistake(loss, gradient, right, rtol=0.1 if name in ("torch", "Optax, bf16") else 2.0**-7)
-    if wrong and name in (OURS_TORCH, OURS_JAX):
-        raise AssertionError(f"{name}: {wrong}")
-    if wrong:
-        print(f"{name} is wrong and not timed: {wrong}", flush=True)
-    return bool(wrong)
 
 
 def forward(loss, logits, labels, **options):

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.timing import cuda_ms
 from ce_kernels import Launch, Problem, plan_fused, plan_grad, plan_stats
-from ce_kernels.tuning import TILED, Config
+from ce_kernels.tuning import TILED, Config, power_of_two
 
 ROW_OPERANDS = {"stats": (), "grad": ("lse_ptr", "target_sum_ptr", "dloss_ptr"), "fused": ("denominator_ptr",)}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -28,10 +28,11 @@ def candidates(kernel: str, n_classes: int, itemsize: int) -> list[Config]:
     # Programs over several multiprocessors pay for rows that would fill L2, or where there are few rows.
     ctas = (1,) if kernel == "grad" or n_classes * itemsize < 2**16 else (1, 2, 4, 8)
     orders = (False, True) if kernel == "fused" else (False,)
-    longest = max(128, 1 << (n_classes - 1).bit_length())
+    every_class = power_of_two(n_classes)
+    longest = max(128, every_class)
     found = []
     if n_classes * itemsize <= TILED["stats"]:
-        found += tiles(kernel, 1 << (n_classes - 1).bit_length())
+        found += tiles(kernel, every_class)
     for num_ctas, num_warps, vectors, backwards in itertools.product(ctas, (1, 2, 4, 8, 16, 32), (1, 2, 4), orders):
         block = num_ctas * num_warps * 32 * vectors * 16 // itemsize
         if 128 <= block <= min(longest, 131072) and block * 256 >= n_classes:

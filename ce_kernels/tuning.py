@@ -145,6 +145,11 @@ NARROW = (512, Config(32, 4, rows=128))  # 4·769²×19: 1.88; statistics 0.91
 LONG_ROW, FEW_ROWS = 2 * 65536, 132
 
 
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
 def choose(kernel: str, problem: Problem, *, in_place: bool = False) -> Config:
     """The configuration for a kernel on a problem."""
     row_bytes = problem.row_bytes
@@ -167,7 +172,7 @@ def choose(kernel: str, problem: Problem, *, in_place: bool = False) -> Config:
         table = GRAD
     config = _pick(table, row_bytes)
     # The same bytes a step for wider elements; no more than the row; 16 bytes a thread at the least.
-    block = min(config.block * 2 // problem.itemsize, max(128, 1 << (problem.n_classes - 1).bit_length()))
+    block = min(config.block * 2 // problem.itemsize, max(128, power_of_two(problem.n_classes)))
     warps = max(1, min(config.num_warps, block * problem.itemsize // (32 * 16 * config.num_ctas)))
     # Wider numbers take more registers.
     max_registers = None if problem.itemsize == 8 else config.max_registers
@@ -175,7 +180,7 @@ def choose(kernel: str, problem: Problem, *, in_place: bool = False) -> Config:
 
 
 def _tile(kernel: str, problem: Problem) -> Config:
-    every_class = 1 << (problem.n_classes - 1).bit_length()
+    every_class = power_of_two(problem.n_classes)
     if problem.class_stride == 1:
         between_boundaries = problem.shifted or not problem.aligned
         if kernel != "grad" and problem.n_classes <= ROW_A_THREAD[-1][0] and between_boundaries:
@@ -185,7 +190,7 @@ def _tile(kernel: str, problem: Problem) -> Config:
     config = _pick(APART[kernel], problem.n_classes)
     if kernel != "grad" and problem.n_classes <= NARROW[0] and not _is_wide(problem):
         config = NARROW[1]
-    neighbours = 1 << ((problem.rows_inner or problem.n_rows) - 1).bit_length()
+    neighbours = power_of_two(problem.rows_inner or problem.n_rows)
     rows = min(config.rows * 2 // problem.itemsize, neighbours)
     block = min(_elements(config, problem) // rows, every_class)
     # 4 elements a thread at the least.

@@ -77,14 +77,16 @@ def _row_gradients(logits, target, weight, lse, target_sum, dloss, dlse, with_dt
     dlogits, dtarget = launch.grad(
         Inputs(logits, target, weight), upstream, spec_of(*scalars), with_dtarget=with_dtarget
     )
-    nothing = _nothing(logits, target.dtype)
-    return _laid_out(dlogits, logits), nothing if dtarget is None else _laid_out(dtarget, target)
+    dtarget = _nothing(logits, target.dtype) if dtarget is None else _laid_out(dtarget, target)
+    return _laid_out(dlogits, logits), dtarget
 
 
 def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
     """The gradient with the strides that its fake promises: those of `torch.empty_like`."""
-    strides = torch.empty_like(like, device="meta").stride()
-    return gradient if gradient.stride() == strides else torch.empty_like(like).copy_(gradient)
+    # A gradient fills its memory: with the strides of its like, so does that, and `empty_like` keeps them.
+    if gradient.stride() == like.stride() or gradient.stride() == torch.empty_like(like, device="meta").stride():
+        return gradient
+    return torch.empty_like(like).copy_(gradient)
 
 
 def _nothing(like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -55,8 +55,6 @@ def causal_lm_loss(
 
     Source: transformers' `ForCausalLMLoss`, in one launch.
     """
-    if labels is None:
-        fail(TypeError, "labels=None", "labels [batch, time]", "a data collator that makes labels")
     logits = outputs["logits"] if isinstance(outputs, dict) else getattr(outputs, "logits", outputs)
     return cross_entropy(
         logits,
@@ -119,8 +117,6 @@ def for_causal_lm_loss(
         passed = f"vocab_size={vocab_size} with logits of {logits.shape[-1]} classes"
         fail(ValueError, passed, "the logits' number of classes", f"vocab_size={logits.shape[-1]}")
     if shift_labels is None:
-        if labels is None:
-            fail(TypeError, "labels=None", "labels [batch, time]", "a data collator that makes labels")
         shift_labels = _shifted(labels, ignore_index)
     return cross_entropy(
         logits,
@@ -135,6 +131,8 @@ def for_causal_lm_loss(
     )
 
 
-def _shifted(labels: Tensor, ignore_index: int) -> Tensor:
+def _shifted(labels: Tensor | None, ignore_index: int) -> Tensor:
+    if labels is None:
+        fail(TypeError, "labels=None", "labels [batch, time]", "a data collator that makes labels")
     # Labels are shifted and logits are not: a slice of the logits would copy their gradient.
     return F.pad(labels[..., 1:], (0, 1), value=ignore_index)
