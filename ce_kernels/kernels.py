@@ -89,11 +89,11 @@ def cross_entropy_stats_kernel(
         "evict_first", N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, BLOCK, GROUP, SHIFTED, UNROLL, DTYPE,
     )  # fmt: skip
     if active:
-        m_row, d_row, qx_row, q_row = merge_groups(m, d, qx, q_sum, SPREAD, CLUSTER)
+        uniform = uniform_mass(alpha, weight_ptr, TOTAL_CLASSES, SOFT_TARGETS)
+        m_row, d_row, qx_row, q_row = merge_groups(m, d, qx, q_sum, uniform, SPREAD, CLUSTER)
         store_statistics(
-            m_row, d_row, qx_row, q_row, row, None, mass, label_x, ignored, invalid,
-            uniform_mass(alpha, weight_ptr, TOTAL_CLASSES, SOFT_TARGETS), scalar(z_loss, DTYPE, SCALARS_IN_MEMORY),
-            loss_ptr, lse_ptr, target_sum_ptr, SPREAD, N_CLASSES,
+            m_row, d_row, qx_row, q_row, row, None, mass, label_x, ignored, invalid, uniform,
+            scalar(z_loss, DTYPE, SCALARS_IN_MEMORY), loss_ptr, lse_ptr, target_sum_ptr, SPREAD, N_CLASSES,
         )  # fmt: skip
         if WITH_ARGMAX:
             tl.store(predicted_ptr + row, first_of_best(best, best_col, N_CLASSES))
@@ -259,11 +259,11 @@ def cross_entropy_fused_kernel(
     )  # fmt: skip
     lse, s = tl.cast(0.0, DTYPE), tl.cast(0.0, DTYPE)
     if active:
-        m_row, d_row, qx_row, q_row = merge_groups(m, d, qx, q_sum, SPREAD, CLUSTER)
+        uniform = uniform_mass(alpha, weight_ptr, TOTAL_CLASSES, SOFT_TARGETS)
+        m_row, d_row, qx_row, q_row = merge_groups(m, d, qx, q_sum, uniform, SPREAD, CLUSTER)
         lse, s = store_statistics(
-            m_row, d_row, qx_row, q_row, row, None, mass, label_x, ignored, invalid,
-            uniform_mass(alpha, weight_ptr, TOTAL_CLASSES, SOFT_TARGETS), z_weight, loss_ptr, lse_ptr, target_sum_ptr,
-            SPREAD, N_CLASSES,
+            m_row, d_row, qx_row, q_row, row, None, mass, label_x, ignored, invalid, uniform, z_weight, loss_ptr,
+            lse_ptr, target_sum_ptr, SPREAD, N_CLASSES,
         )  # fmt: skip
     else:
         store_ignored_row(row, loss_ptr, lse_ptr, target_sum_ptr)

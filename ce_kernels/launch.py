@@ -24,8 +24,9 @@ class Problem:
     labels only.
     `aligned`: the logits' first element lies on a 16-byte boundary, so that whole groups of 16 bytes may be read.
     `clusters`: one program may span several multiprocessors; `has_clusters` says where.
-    `softcap`: there is one, and its arithmetic takes longer than the memory. `overlapped`: a launch may begin while the
-    one before it ends, and kernels wait for that (programmatic dependent launch); `has_overlap` says where.
+    `softcap`: there is one, and its arithmetic takes longer than the memory. `label_smoothing`: there is some, and the
+    sum of a row's logits takes registers. `overlapped`: a launch may begin while the one before it ends, and kernels
+    wait for that (programmatic dependent launch); `has_overlap` says where.
     """
 
     n_rows: int
@@ -44,6 +45,7 @@ class Problem:
     aligned: bool = True
     clusters: bool = False
     softcap: bool = False
+    label_smoothing: bool = False
     overlapped: bool = False
 
     @property

@@ -167,21 +167,72 @@ def merge_spread(m, d, qx, q_sum, other_m, other_d, other_qx, other_q_sum):
 
 
 @triton.jit
-def merge_groups(m, d, qx, q_sum, SPREAD: tl.constexpr, CLUSTER: tl.constexpr):
-    """A row's maximum (0 where all is −inf), sum of exponentials above it, Σqx and Σq from those of its groups."""
-    if not CLUSTER:
+def pair(high, low):
+    """Two fp32 numbers as one of 64 bits."""
+    return (high.to(tl.int32, bitcast=True).to(tl.int64) << 32) | low.to(tl.uint32, bitcast=True).to(tl.int64)
+
+
+@triton.jit
+def unpaired(numbers):
+    return (numbers >> 32).to(tl.int32).to(tl.float32, bitcast=True), numbers.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def addend(x):
+    """A number that `merge_pairs` adds: paired with −1, which no sum of exponentials is."""
+    return pair(x, tl.full(x.shape, -1.0, x.dtype))
+
+
+@triton.jit
+def merge_pairs(one, other):
+    """`merge` of pairs (m, d), and the sum of `addend`s."""
+    high, low = unpaired(one)
+    other_high, other_low = unpaired(other)
+    m, d = merge(high, low, other_high, other_low)
+    return tl.where(low < 0, addend(high + other_high), pair(m, d))
+
+
+@triton.jit
+def merge_clusters(m, d, qx, q_sum, uniform, SPREAD: tl.constexpr):
+    """`merge_groups` over multiprocessors, which wait for one another for every array that is reduced: for one."""
+    if m.dtype == tl.float64:
+        m, d, qx, q_sum = tl.reduce((m, d, qx, q_sum), 0, merge_spread)
+    elif not SPREAD:
+        m, d = unpaired(tl.reduce(pair(m, d), 0, merge_pairs))
+    elif uniform is not None:
+        md, qx = tl.split(tl.reduce(tl.join(pair(m, d), addend(qx)), 0, merge_pairs))
+        m, d = unpaired(md)
+        qx, _ = unpaired(qx)
+    else:
+        # join takes two at a time.
+        q_sum = addend(q_sum)
+        columns = tl.join(tl.join(pair(m, d), addend(qx)), tl.join(q_sum, q_sum))
+        left, right = tl.split(tl.reduce(columns, 0, merge_pairs))
+        md, qx = tl.split(left)
+        q_sum, _ = tl.split(right)
+        m, d = unpaired(md)
+        qx, _ = unpaired(qx)
+        q_sum, _ = unpaired(q_sum)
+    return m, d, qx, q_sum
+
+
+@triton.jit
+def merge_groups(m, d, qx, q_sum, uniform, SPREAD: tl.constexpr, CLUSTER: tl.constexpr):
+    """A row's maximum (0 where all is −inf), sum of exponentials above it, Σqx and Σq from those of its groups.
+
+    Σq only where no uniform mass makes it known.
+    """
+    if CLUSTER:
+        m, d, qx, q_sum = merge_clusters(m, d, qx, q_sum, uniform, SPREAD)
+        m_row = tl.where(m == float("-inf"), 0.0, m)
+    else:
         m_row = tl.max(m, axis=0)
         m_row = tl.where(m_row == float("-inf"), 0.0, m_row)
         d = tl.sum(d * power((m - m_row) * per_nat_of(m.dtype)), axis=0)
         if SPREAD:
-            qx, q_sum = tl.sum(qx, axis=0), tl.sum(q_sum, axis=0)
-    else:
-        # Each reduction makes the multiprocessors wait for one another: one for all saves 3 % of a training step.
-        if SPREAD:
-            m, d, qx, q_sum = tl.reduce((m, d, qx, q_sum), 0, merge_spread)
-        else:
-            m, d = tl.reduce((m, d), 0, merge)
-        m_row = tl.where(m == float("-inf"), 0.0, m)
+            qx = tl.sum(qx, axis=0)
+            if uniform is None:
+                q_sum = tl.sum(q_sum, axis=0)
     return m_row, d, qx, q_sum
 
 

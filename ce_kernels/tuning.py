@@ -31,7 +31,7 @@ class Config:
 
 
 # (longest row in bytes, configuration); behind each row the kernel's time as a multiple of copying the logits once.
-# NVIDIA H200, bf16, Triton 3.9, torch 2.11, 2026-11-24: the best of sweeps such as `python -m benchmarks tune` makes.
+# NVIDIA H200, bf16, Triton 3.9, torch 2.11, November 2026: the best of sweeps as `python -m benchmarks tune` makes.
 SHORT = (
     (2 * 1024, Config(1024, 1)),  # 65536×1000: 1.08; with the gradient over the logits 1.11
     (2 * 3072, Config(1024, 2, unroll=2)),  # 65536×2048: 1.03, 1.10
@@ -64,7 +64,21 @@ FUSED_SHIFTED = (
     (2 * 4096, Config(1024, 2, unroll=2)),
     (2 * 12288, Config(2048, 4, unroll=2)),
     (2 * 20480, Config(4096, 8, unroll=4, backwards=True)),
-    (2 * 65536, Config(4096, 16, unroll=5, max_registers=48)),  # 8192×50257: 1.19, in place 1.17
+    (2 * 65536, Config(4096, 16, unroll=5, max_registers=48)),  # 8192×50257: 1.20, in place 1.18
+    LONGEST,
+)
+# The sum of x takes registers. In place and out of it.
+FUSED_SHIFTED_SMOOTHED = (
+    *FUSED_SHIFTED[:4],
+    (2 * 65536, Config(4096, 16, unroll=5, max_registers=56)),  # 8192×50257: 1.23, 1.25
+    LONGEST,
+)
+FUSED_SMOOTHED = (
+    *FUSED[:3],
+    (2 * 12288, Config(2048, 4, unroll=3)),  # 16384×8192: 1.06, 1.07
+    FUSED[4],  # 16384×16384: 1.03, 1.10
+    (2 * 40000, Config(4096, 16, unroll=4, max_registers=40)),  # 8192×32000: 1.07, 1.12
+    (2 * 65536, Config(4096, 16, unroll=4, max_registers=64)),  # 8192×50304: 1.10, 1.10; 4096×65536: 1.12, 1.13
     LONGEST,
 )
 # Rows of logits and rows of soft targets: of reading both and writing one.
@@ -75,17 +89,26 @@ FUSED_SOFT = (
 )  # 8192×32000: 1.09
 # A row spread over neighbouring multiprocessors: fewer rows in flight, so that the second read finds them in L2.
 FUSED_CLUSTERS = (
-    (2 * 200000, Config(32768, 8, 8, unroll=2, backwards=True, max_registers=40)),  # 128256: 1.19; 151936: 1.21
-    (2 * 400000, Config(65536, 8, 8, unroll=2, backwards=True, max_registers=56)),  # 2048×262144: 1.23
+    (2 * 200000, Config(32768, 8, 8, unroll=2, backwards=True, max_registers=40)),  # 128256: 1.16; 151936: 1.17
+    (2 * 400000, Config(65536, 8, 8, unroll=2, backwards=True, max_registers=56)),  # 2048×262144: 1.22
     (None, Config(131072, 16, 8, unroll=2, backwards=True, max_registers=64)),  # 1024×524288: 1.29; 512×1048576: 1.40
 )
 FUSED_CLUSTERS_IN_PLACE = (
-    (2 * 140000, Config(32768, 8, 4, unroll=3, backwards=True, max_registers=64)),  # 4096×128256: 1.18
-    (2 * 200000, Config(16384, 8, 8, unroll=6, backwards=True, max_registers=40)),  # 4096×151936: 1.21
-    (2 * 400000, Config(65536, 8, 8, unroll=2, backwards=True, max_registers=64)),  # 2048×262144: 1.19
+    (2 * 140000, Config(32768, 8, 8, backwards=True, max_registers=40)),  # 4096×128256: 1.16
+    (2 * 200000, Config(32768, 8, 8, unroll=2, backwards=True, max_registers=40)),  # 4096×151936: 1.15
+    (2 * 400000, Config(32768, 8, 8, unroll=2, backwards=True, max_registers=56)),  # 2048×262144: 1.20
     FUSED_CLUSTERS[-1],  # 1024×524288: 1.27; 512×1048576: 1.41
 )
-FUSED_CLUSTERS_SOFT = ((None, Config(32768, 8, 8, unroll=2, backwards=True, max_registers=64)),)  # 4096×128256: 1.38
+FUSED_CLUSTERS_SMOOTHED_IN_PLACE = (
+    (2 * 140000, Config(32768, 8, 4, unroll=3, backwards=True, max_registers=64)),  # 4096×128256: 1.17
+    (2 * 200000, Config(16384, 8, 8, unroll=6, backwards=True, max_registers=40)),  # 4096×151936: 1.20
+    (2 * 400000, Config(65536, 8, 8, unroll=2, backwards=True, max_registers=64)),  # 2048×262144: 1.23
+    FUSED_CLUSTERS[-1],
+)
+FUSED_CLUSTERS_SOFT = (
+    (4 * 200000, Config(32768, 8, 8, unroll=3, backwards=True, max_registers=64)),  # 128256: 1.27; 151936: 1.26
+    (None, Config(32768, 8, 8, backwards=True, max_registers=64)),  # 2048×262144: 1.46
+)
 STATS = (
     (2 * 1024, Config(1024, 1)),  # 65536×1000: 0.92 of a training step's copy
     (2 * 16384, Config(1024, 4)),  # 16384×8192: 0.50
@@ -160,6 +183,9 @@ def choose(kernel: str, problem: Problem, *, in_place: bool = False) -> Config:
         alone, clusters = (FUSED_IN_PLACE, FUSED_CLUSTERS_IN_PLACE) if in_place else (FUSED, FUSED_CLUSTERS)
         if problem.soft_targets:
             alone, clusters = FUSED_SOFT, FUSED_CLUSTERS_SOFT
+        elif problem.label_smoothing:
+            alone = FUSED_SHIFTED_SMOOTHED if problem.shifted else FUSED_SMOOTHED
+            clusters = FUSED_CLUSTERS_SMOOTHED_IN_PLACE if in_place else FUSED_CLUSTERS
         elif problem.shifted:
             alone = FUSED_SHIFTED
         # Clusters save bandwidth, which a soft cap of hard labels does not use up.

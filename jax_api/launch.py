@@ -125,6 +125,7 @@ def _problem(logits: Array, target: Array, part: Part, options: Options) -> Prob
         total_classes=part.total,
         clusters=clusters(),
         softcap=options.softcap is not None,
+        label_smoothing=bool(options.label_smoothing),
     )
 
 

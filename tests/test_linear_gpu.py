@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import jax_api
-from torch_api import linear_cross_entropy, linear_cross_entropy_rows
+from torch_api import linear_chunks, linear_cross_entropy, linear_cross_entropy_rows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -171,3 +171,17 @@ def test_both_front_ends_agree():
     )(*arrays)
     for x, y in zip(ours, (loss, *grads), strict=True):
         torch.testing.assert_close(x, torch.from_dlpack(y), rtol=2e-2, atol=1e-6)
+
+
+def test_a_large_sum_is_added_to_in_pieces_without_changing_it(monkeypatch):
+    hidden, weight, labels = problem(n_classes=1000)
+
+    def dweight():
+        loss = linear_cross_entropy(hidden, weight, labels, max_logits_bytes=MIB)
+        return torch.autograd.grad(loss, weight)[0]
+
+    whole = dweight()
+    pieces = []
+    monkeypatch.setattr(linear_chunks, "_classes_at_once", lambda total: pieces.append(384) or 384)
+    torch.testing.assert_close(dweight(), whole, rtol=2**-7, atol=1e-8)
+    assert pieces

@@ -12,6 +12,7 @@ from torch_api import (
     LinearCrossEntropyLoss,
     cross_entropy,
     cross_entropy_rows,
+    linear_chunks,
     linear_cross_entropy,
     linear_cross_entropy_rows,
     linear_ops,
@@ -296,3 +297,11 @@ def test_what_is_exported_can_be_trained(reduction):
     torch.testing.assert_close(found, expected)
     with pytest.raises(RuntimeError, match="got create_graph=True in an exported graph"):
         torch.autograd.grad(exported(hidden, labels), hidden, create_graph=True)
+
+
+@pytest.mark.parametrize(
+    ("n_classes", "width", "rows"),
+    [(151936, 2048, 151936), (128256, 4096, 64128), (262144, 2560, 65536), (151937, 4096, 50688)],
+)
+def test_only_a_large_sum_is_added_to_in_pieces(n_classes, width, rows):
+    assert linear_chunks._classes_at_once(torch.empty(n_classes, width, device="meta")) == rows

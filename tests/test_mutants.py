@@ -83,9 +83,11 @@ KERNEL_MUTANTS = {
 CLUSTER_MUTANTS = {
     "merged_sums_not_rescaled": ("return larger, d * power(", "return larger, d + 0.0 * power("),
     "masked_groups_poison": ('shift_by = tl.where(larger == float("-inf"), 0.0, larger)', "shift_by = larger"),
-    "spread_of_one_group_lost": (
-        "return m, d, qx + other_qx, q_sum + other_q_sum",
-        "return m, d, qx + other_qx, q_sum",
+    "spread_of_one_group_lost": ("addend(high + other_high)", "addend(high)"),
+    "uniform_spread_not_exchanged": ("qx, _ = unpaired(qx)\n    else:", "qx, _ = unpaired(md)\n    else:"),
+    "spread_confused_with_its_sum": (
+        "md, qx = tl.split(left)",
+        "md, _ = tl.split(left)\n        qx, _ = tl.split(right)",
     ),
 }
 

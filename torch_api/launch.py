@@ -268,6 +268,7 @@ def _problem(arrays: tuple, spec: RowSpec) -> Problem:
         clusters=has_clusters(_capability(device)),
         overlapped=has_overlap(_capability(device)),
         softcap=spec.options.softcap is not None,
+        label_smoothing=bool(spec.options.label_smoothing),
     )
 
 
