@@ -18,6 +18,7 @@ import torch
 from torch._dynamo.utils import counters
 from triton import knobs
 
+from benchmarks.environment import environment
 from benchmarks.shapes import LLAMA3
 from benchmarks.timing import train
 from torch_api import cross_entropy
@@ -102,4 +103,4 @@ def compiling() -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps(compiling(), indent=1))
+    print(json.dumps({"environment": environment(), **compiling()}, indent=1))

@@ -1,4 +1,7 @@
-"""Writes committed results into the README and docs/linear.md, between their markers, and the newest into plots."""
+"""Writes committed results into the README and docs/linear.md, between their markers, and the newest into plots.
+
+A part of the results that was not measured with the rest has an environment of its own.
+"""
 
 import json
 import re
@@ -155,14 +158,16 @@ def section(results: dict) -> str:
             "",
         ]
     if "compiling" in results:
+        part = results["compiling"]
         compiling = [
-            f"What a PyTorch training step of {results['compiling']['n_classes']} classes compiles at first, at other",
+            f"What a PyTorch training step of {part['n_classes']} classes compiles at first, at other",
             "batch sizes, and at another value of an option (`fullgraph=True`):",
             "",
             *compiling_table(results),
             "",
             first_calls(results),
             "",
+            *([f"This table: {measured_on(part)}", ""] if "environment" in part else []),
         ]
     lines = [
         *training_table(results),
@@ -202,12 +207,14 @@ def linear_section(results: dict) -> str:
         found = [head["contenders"].get(name) for name in names]
         cells = ["–" if one is None else f"{one['ratio']:.2f}, {one['memory_gib']:.2f} GiB" for one in found]
         lines.append([f"{head['name']} {head['n_rows']} · {head['width']} · {head['n_classes']}", *cells])
+    others = [head for head in results["heads"] if "environment" in head]
     return "\n".join([
         "Loss and gradients as a multiple of the three matmuls alone, and memory beyond inputs and gradients:",
         "",
         *rows(["N · D · V", *names], lines),
         "",
         measured_on(results),
+        *(f"{head['name']}: {measured_on(head)}" for head in others),
     ])  # fmt: skip
 
 

@@ -78,6 +78,13 @@ def test_a_page_without_its_newest_results_is_found(page, path, results, cells, 
     assert "commit def" in report.updated(page)
 
 
+def test_a_head_that_was_measured_apart_says_so():
+    results = linear_results()
+    assert report.linear_section(results).count("commit") == 1
+    results["heads"][1]["environment"] = ABOUT | {"commit": "def"}
+    assert "Llama 3 8B: a GPU, driver 1, 2026-01-01, commit def" in report.linear_section(results)
+
+
 def test_plots_are_those_of_the_results():
     assert plots.digest(report.read()) in (ROOT / "docs" / "speed.svg").read_text(), "run: python -m benchmarks report"
 
@@ -138,6 +145,9 @@ def test_what_compiles_when():
     assert "| kernels, eager | 3 | 0 | 0 | 0 | 1 | 0 | 0 |" in section
     assert "| graphs, `torch.compile` | 1 | 1 | 1 | 1 | 1 | 1 | 1 |" in section
     assert "empty caches: 1.5, under `torch.compile` 9.3;" in section
+    assert "This table:" not in section
+    section = report.section(results | {"compiling": found | {"environment": ABOUT}})
+    assert "This table: a GPU, driver 1, 2026-01-01, commit abc" in section
 
 
 def test_kernels_that_compile_are_counted(monkeypatch):
