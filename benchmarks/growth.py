@@ -4,7 +4,7 @@ import torch
 
 import torch_api
 from benchmarks.shapes import LLAMA3
-from benchmarks.timing import interleaved
+from benchmarks.timing import forward, interleaved, read
 
 ROWS = tuple(4**k for k in range(9))  # 1 to 65536; the last is 8·10⁹ elements, beyond 32-bit offsets
 ELEMENTS = 2**28
@@ -12,7 +12,7 @@ VOCABULARIES = tuple(2**k for k in range(4, 21))
 
 
 def measure(n_rows: int, n_classes: int, dtype: torch.dtype) -> dict:
-    """A training step beside a copy of its logits."""
+    """A training step and a forward pass beside a copy of their logits and a read of them."""
     logits = torch.empty(n_rows, n_classes, device="cuda", dtype=dtype).normal_().requires_grad_() * 1
     labels = torch.randint(0, n_classes, (n_rows,), device="cuda")
     into = torch.empty_like(logits)
@@ -21,14 +21,15 @@ def measure(n_rows: int, n_classes: int, dtype: torch.dtype) -> dict:
         value = torch_api.cross_entropy(logits, labels)
         torch.autograd.grad(value, logits)
 
-    times = interleaved({"train": step, "copy": lambda _: into.copy_(logits.detach())}, repeats=7)
-    return {
-        "n_rows": n_rows,
-        "n_classes": n_classes,
-        "dtype": str(dtype).removeprefix("torch."),
-        "train_ms": times["train"]["ms"],
-        "copy_ms": times["copy"]["ms"],
+    functions = {
+        "train": step,
+        "forward": lambda _: forward(torch_api.cross_entropy, logits, labels),
+        "copy": lambda _: into.copy_(logits.detach()),
+        "read": lambda _: read(logits),
     }
+    times = interleaved(functions, repeats=7)
+    shape = {"n_rows": n_rows, "n_classes": n_classes, "dtype": str(dtype).removeprefix("torch.")}
+    return shape | {f"{name}_ms": timing["ms"] for name, timing in times.items()}
 
 
 def growth() -> dict:

@@ -46,21 +46,44 @@ def rows(header: list[str], lines: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *lines)]
 
 
+def moved(shape: dict, ms: float) -> float:
+    """GB/s of bf16 logits read once and a gradient written once."""
+    return 2 * 2 * shape["n_rows"] * shape["n_classes"] / ms / 1e6
+
+
+def spread(timing: dict) -> float:
+    """The quartiles' distance as a fraction of the median."""
+    return (timing["high_ms"] - timing["low_ms"]) / timing["ms"]
+
+
+def bandwidth(results: dict) -> str:
+    """What the table's GB/s count, what a copy reaches, and how far repetitions lie apart."""
+    large = [shape for shape in results["shapes"] if shape["n_rows"] >= 2048]
+    copies = [moved(shape, shape["copy_ms"]) for shape in large]
+    spreads = [max(spread(shape[name]["train"]) for shape in large) for name in (OURS_TORCH, OURS_JAX)]
+    return (
+        f"GB/s: of ce-kernels torch, the logits read once and the gradient written once; copies from 2048 rows on move "
+        f"{min(copies):.0f} to {max(copies):.0f}. Times are medians; the quartiles of a training step of ours lie at "
+        f"most {max(spreads):.1%} apart there."
+    )
+
+
 def training_table(results: dict) -> list[str]:
-    """Training step by shape and contender; `none` and forward of ours."""
+    """Training step by shape and contender; bandwidth, `none` and forward of ours."""
     shapes = results["shapes"]
     names = [name for name in ORDER if any(name in shape for shape in shapes)]
     lines = [
         [
             f"{shape['name']} {shape['n_rows']}×{shape['n_classes']}",
             *(ratio(shape, name) for name in names),
+            f"{moved(shape, shape[OURS_TORCH]['train']['ms']):.0f}",
             ratio(shape, OURS_TORCH, "none"),
             of_ceiling(shape, OURS_TORCH),
             of_ceiling(shape, OURS_JAX),
         ]
         for shape in shapes
     ]
-    return rows(["N×V", *names, "`none`", "forward, torch", "forward, JAX"], lines)
+    return rows(["N×V", *names, "GB/s", "`none`", "forward, torch", "forward, JAX"], lines)
 
 
 def options_table(results: dict) -> list[str]:
@@ -73,6 +96,15 @@ def options_table(results: dict) -> list[str]:
         [*names, "soft targets, to reading both and writing one"],
         [[*cells, f"{times['soft targets']['ms'] / floor:.2f}"]],
     )
+
+
+def dtypes_table(results: dict) -> list[str]:
+    """Our training step by dtype, and the forward pass as the fraction of the read ceiling that it reaches."""
+    points = results["growth"]["dtypes"]
+    lines = [["training step", *(f"{point['train_ms'] / point['copy_ms']:.2f}" for point in points)]]
+    if all("forward_ms" in point for point in points):
+        lines.append(["forward", *(f"{point['read_ms'] / point['forward_ms']:.0%}" for point in points)])
+    return rows(["4096×128256", *(point["dtype"] for point in points)], lines)
 
 
 def few_classes_table(results: dict) -> list[str]:
@@ -172,9 +204,15 @@ def section(results: dict) -> str:
     lines = [
         *training_table(results),
         "",
+        bandwidth(results),
+        "",
         "Options, as multiples of the plain training step at 4096×128256:",
         "",
         *options_table(results),
+        "",
+        "Dtypes, as multiples of copying the logits once (float16 takes two launches, so that loss scaling works):",
+        "",
+        *dtypes_table(results),
         "",
         *few,
         "Peak memory of a training step at 4096×128256 beyond the logits (JAX: temporary memory, logits donated), as",

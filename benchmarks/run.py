@@ -18,7 +18,7 @@ from benchmarks.host import measure
 from benchmarks.memory_jax import temporary_bytes
 from benchmarks.names import OURS_TORCH, OVERWRITES
 from benchmarks.shapes import LLAMA3, SHAPES, Shape
-from benchmarks.timing import ROTATED_BYTES, interleaved, jax_ms, peak_bytes, refused, train
+from benchmarks.timing import ROTATED_BYTES, forward, interleaved, jax_ms, peak_bytes, read, refused, train
 
 CHECKED_ROWS = 64
 
@@ -39,22 +39,6 @@ def expected(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, torch.T
     leaf = logits[:CHECKED_ROWS].detach().double().requires_grad_()
     part = F.cross_entropy(leaf, labels[:CHECKED_ROWS], reduction="sum") / len(labels)
     return total / len(labels), torch.autograd.grad(part, leaf)[0]
-
-
-def read(logits: torch.Tensor) -> None:
-    """Reads the logits and writes almost nothing: the ceiling of a forward pass."""
-    from benchmarks.ceiling import read_kernel
-
-    block = 16384
-    words = logits.detach().flatten().view(torch.int32)
-    out = torch.empty(words.numel() // block, dtype=torch.int32, device="cuda")
-    read_kernel[(len(out),)](words, out, BLOCK=block, num_warps=16)  # pyright: ignore
-
-
-def forward(loss, logits, labels, **options):
-    """The loss without a gradient."""
-    with torch.no_grad():
-        return loss(logits.detach(), labels, **options)
 
 
 def donated_peak_bytes(logits: torch.Tensor, labels: torch.Tensor, right: tuple) -> int:

@@ -60,6 +60,22 @@ def train(loss, logits, labels, **options):
     return value, torch.autograd.grad(value, logits)[0]
 
 
+def read(logits: torch.Tensor) -> None:
+    """Reads the logits and writes almost nothing: the ceiling of a forward pass."""
+    from benchmarks.ceiling import read_kernel
+
+    block = 16384
+    words = logits.detach().flatten().view(torch.int32)
+    out = torch.empty(words.numel() // block, dtype=torch.int32, device="cuda")
+    read_kernel[(len(out),)](words, out, BLOCK=block, num_warps=16)  # pyright: ignore
+
+
+def forward(loss, logits, labels, **options):
+    """The loss without a gradient."""
+    with torch.no_grad():
+        return loss(logits.detach(), labels, **options)
+
+
 def cuda_ms(function: Callable[[], object], repeats: int = 15) -> float:
     """The median device time of one function in milliseconds."""
     return interleaved({"": lambda _: function()}, repeats)[""]["ms"]

@@ -107,6 +107,27 @@ def test_few_classes_have_a_table():
     assert "| other 16×21×512 | 1.50 (0.50) | – (–) |" in section
 
 
+def test_bandwidth_counts_a_read_and_a_write():
+    results = report.read()
+    shape = {"n_rows": 4096, "n_classes": 250000}
+    assert report.moved(shape, 1.0) == 4096
+    assert report.spread({"low_ms": 1.5, "ms": 2.0, "high_ms": 2.5}) == 0.5
+    for shape in results["shapes"]:
+        shape["copy_ms"] = report.moved(shape, 1.0) / 4000
+        shape[OURS_TORCH]["train"] = {"low_ms": 1.0, "ms": 2.0, "high_ms": 1.5}
+    assert "move 4000 to 4000." in report.bandwidth(results)
+    assert "at most 25.0% apart" in report.bandwidth(results)
+
+
+def test_dtypes_have_a_table():
+    point = {"train_ms": 3.0, "copy_ms": 2.0}
+    timed = point | {"forward_ms": 1.0, "read_ms": 0.95}
+    results = {"growth": {"dtypes": [timed | {"dtype": "bfloat16"}, timed | {"dtype": "float32"}]}}
+    assert report.dtypes_table(results)[2:] == ["| training step | 1.50 | 1.50 |", "| forward | 95% | 95% |"]
+    results["growth"]["dtypes"][1] = point | {"dtype": "float32"}
+    assert report.dtypes_table(results)[2:] == ["| training step | 1.50 | 1.50 |"]
+
+
 def test_memory_with_donation_is_a_column_of_its_own():
     results = report.read()
     shape = next(shape for shape in results["shapes"] if shape["name"] == "Llama 3")
