@@ -95,7 +95,7 @@ def clusters(monkeypatch):
         monkeypatch.setattr(torch_launch, "has_clusters", lambda capability: True)
     monkeypatch.setattr(tuning, "TILED", dict.fromkeys(tuning.TILED, 0))
     monkeypatch.setattr(tuning, "LONG_ROW", 0)
-    for table in ("FUSED_CLUSTERS", "FUSED_CLUSTERS_IN_PLACE", "FUSED_CLUSTERS_SOFT", "STATS_FEW_ROWS"):
+    for table in [name for name in vars(tuning) if name.startswith("FUSED_CLUSTERS")] + ["STATS_FEW_ROWS"]:
         monkeypatch.setattr(tuning, table, ((None, tuning.Config(2048, 1, 8, unroll=2, backwards=True)),))
     with planned_anew():
         yield

@@ -1,0 +1,58 @@
+"""Which configurations are chosen: by what a launch is for, as both front ends say it."""
+
+import numpy as np
+import pytest
+
+from ce_kernels import Problem, tuning
+from tests.conftest import planned_anew
+from tests.frontends import FRONTENDS
+
+LONG, MIDDLE, ODD = 128256, 32000, 50257
+
+
+def chosen(n_classes, in_place=False, **facts):
+    problem = Problem(64, n_classes, "bfloat16", facts.pop("soft_targets", False), n_classes, 1, n_classes, **facts)
+    return tuning.choose("fused", problem, in_place=in_place)
+
+
+@pytest.mark.parametrize(
+    ("n_classes", "facts", "table"),
+    [
+        (MIDDLE, {}, "FUSED"),
+        (MIDDLE, {"in_place": True}, "FUSED_IN_PLACE"),
+        (MIDDLE, {"label_smoothing": True}, "FUSED_SMOOTHED"),
+        (ODD, {}, "FUSED_SHIFTED"),
+        (ODD, {"label_smoothing": True}, "FUSED_SHIFTED_SMOOTHED"),
+        (LONG, {"clusters": True}, "FUSED_CLUSTERS"),
+        (LONG, {"clusters": True, "label_smoothing": True}, "FUSED_CLUSTERS"),
+        (LONG, {"clusters": True, "in_place": True}, "FUSED_CLUSTERS_IN_PLACE"),
+        (LONG, {"clusters": True, "in_place": True, "label_smoothing": True}, "FUSED_CLUSTERS_SMOOTHED_IN_PLACE"),
+        (LONG, {"clusters": True, "soft_targets": True}, "FUSED_CLUSTERS_SOFT"),
+        (LONG, {"clusters": True, "softcap": True}, "FUSED"),
+        (LONG, {"clusters": False}, "FUSED"),
+    ],
+    ids=str,
+)
+def test_a_configuration_is_of_the_table_for_what_the_launch_does(n_classes, facts, table, monkeypatch):
+    marked = tuning.Config(4096, 4, unroll=7)
+    assert chosen(n_classes, **facts).unroll != marked.unroll
+    monkeypatch.setattr(tuning, table, ((None, marked),))
+    assert chosen(n_classes, **facts).unroll == marked.unroll
+
+
+@pytest.mark.parametrize("frontend", [one for one in FRONTENDS if "reference" not in one.id])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"softcap": 5.0}], ids=str)
+def test_front_ends_say_which_options_are_on(frontend, options, monkeypatch):
+    seen, choose = [], tuning.choose
+
+    def record(kernel, problem, **more):
+        seen.append({"label_smoothing": problem.label_smoothing, "softcap": problem.softcap})
+        return choose(kernel, problem, **more)
+
+    monkeypatch.setattr(tuning, "choose", record)
+    logits, labels = frontend.array(np.zeros((3, 300), np.float32)), frontend.array(np.arange(3))
+    with planned_anew():
+        frontend.api.cross_entropy(logits, labels, implementation="triton", **options)
+    on = {"label_smoothing": False, "softcap": False} | dict.fromkeys(options, True)
+    assert seen
+    assert all(one == on for one in seen)
