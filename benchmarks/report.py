@@ -167,15 +167,18 @@ def compiling_table(results: dict) -> list[str]:
     )
 
 
-def first_calls(results: dict) -> str:
-    """Seconds of first calls, compilation included."""
-    found, shapes = results["compiling"], results["shapes"]
+def first_call(found: dict) -> str:
+    """Seconds of the first call that the compiling table is about, compilation included."""
     eager, compiled = (found[way]["first_call"]["seconds"] for way in ("eager", "torch.compile"))
+    apart = f" This table: {measured_on(found)}" if "environment" in found else ""
+    return f"Seconds of its first call with empty caches: {eager:.1f}, under `torch.compile` {compiled:.1f}.{apart}"
+
+
+def first_calls(results: dict) -> str:
+    """Seconds of the longest first calls."""
+    shapes = results["shapes"]
     in_torch, in_jax = (max(shape[name]["first_call_s"] for shape in shapes) for name in (OURS_TORCH, OURS_JAX))
-    return (
-        f"Seconds of its first call with empty caches: {eager:.1f}, under `torch.compile` {compiled:.1f}; the longest "
-        f"at any shape above: {in_torch:.1f} in PyTorch, {in_jax:.1f} in JAX."
-    )
+    return f"Seconds of the longest first call at any shape: {in_torch:.1f} in PyTorch, {in_jax:.1f} in JAX."
 
 
 def section(results: dict) -> str:
@@ -197,9 +200,8 @@ def section(results: dict) -> str:
             "",
             *compiling_table(results),
             "",
-            first_calls(results),
+            first_call(part),
             "",
-            *([f"This table: {measured_on(part)}", ""] if "environment" in part else []),
         ]
     lines = [
         *training_table(results),
@@ -225,6 +227,8 @@ def section(results: dict) -> str:
         *flax_table(results),
         "",
         *compiling,
+        first_calls(results),
+        "",
         "Host time of an eager PyTorch call in microseconds (in brackets its launches alone by Triton, which searches",
         "every time for what it compiled, as the call does the first time only):",
         "",

@@ -66,8 +66,9 @@ def read(logits: torch.Tensor) -> None:
 
     block = 16384
     words = logits.detach().flatten().view(torch.int32)
-    out = torch.empty(words.numel() // block, dtype=torch.int32, device="cuda")
-    read_kernel[(len(out),)](words, out, BLOCK=block, num_warps=16)  # pyright: ignore
+    n = words.numel()
+    out = torch.empty(-(-n // block), dtype=torch.int32, device="cuda")
+    read_kernel[(len(out),)](words, out, n, EVEN=n % block == 0, BLOCK=block, num_warps=16)  # pyright: ignore
 
 
 def forward(loss, logits, labels, **options):

@@ -165,7 +165,7 @@ def test_what_compiles_when():
     assert "| compiled | 4 rows | then 6, 8, 10 rows | label_smoothing | z_loss | softcap |" in section
     assert "| kernels, eager | 3 | 0 | 0 | 0 | 1 | 0 | 0 |" in section
     assert "| graphs, `torch.compile` | 1 | 1 | 1 | 1 | 1 | 1 | 1 |" in section
-    assert "empty caches: 1.5, under `torch.compile` 9.3;" in section
+    assert "empty caches: 1.5, under `torch.compile` 9.3." in section
     assert "This table:" not in section
     section = report.section(results | {"compiling": found | {"environment": ABOUT}})
     assert "This table: a GPU, driver 1, 2026-01-01, commit abc" in section

@@ -127,3 +127,13 @@ def test_mistakes_in_jax(name):
     with pytest.raises(error) as caught:
         function(jnp.asarray(HIDDEN), jnp.asarray(WEIGHT.T), jnp.asarray(LABELS))
     assert str(caught.value) == message
+
+
+def test_a_symbolic_number_of_rows_in_jax():
+    (rows,) = jax.export.symbolic_shape("rows")
+    shapes = jax.ShapeDtypeStruct((rows, WEIGHT.shape[1]), WEIGHT.dtype), jax.ShapeDtypeStruct((rows,), LABELS.dtype)
+    step = jax.jit(lambda hidden, labels: jax_api.linear_cross_entropy(hidden, jnp.asarray(WEIGHT.T), labels))
+    with pytest.raises(
+        ValueError, match=r"got hidden .*rows.*; required: sizes that are numbers.*; write a jax.export"
+    ):
+        jax.export.export(step)(*shapes)

@@ -295,7 +295,7 @@ def test_what_is_exported_can_be_trained(reduction):
     expected = torch.autograd.grad(model(hidden, labels), leaves)
     found = torch.autograd.grad(exported(hidden, labels), [hidden, *exported.parameters()])
     torch.testing.assert_close(found, expected)
-    with pytest.raises(RuntimeError, match="got create_graph=True in an exported graph"):
+    with pytest.raises(RuntimeError, match="got create_graph=True in an exported or compiled graph"):
         torch.autograd.grad(exported(hidden, labels), hidden, create_graph=True)
 
 
@@ -305,3 +305,18 @@ def test_what_is_exported_can_be_trained(reduction):
 )
 def test_only_a_large_sum_is_added_to_in_pieces(n_classes, width, rows):
     assert linear_chunks._classes_at_once(torch.empty(n_classes, width, device="meta")) == rows
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_writing_to_what_a_compiled_backward_reads_is_noticed(backend):
+    hidden, weight, labels, bias = problem()
+
+    def step(leaf):
+        x = leaf * 1
+        loss = linear_cross_entropy(x, weight, labels, bias, reduction="none", **OPTIONS)
+        x[0] = 0.0
+        return loss.sum()
+
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.compile(step, backend=backend)(hidden).backward()

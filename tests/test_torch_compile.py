@@ -141,6 +141,40 @@ def test_export():
     torch.testing.assert_close(program.module()(more, more_labels), cross_entropy(more, more_labels, **OPTIONS))
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_writing_to_what_the_backward_reads_is_noticed(backend, reduction):
+    logits, labels = problem()
+
+    def step(leaf):
+        x = leaf * 1
+        loss = cross_entropy(x, labels, reduction=reduction)
+        x[:, 0] = -torch.inf
+        return loss.sum()
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.compile(step, backend=backend)(logits).backward()
+
+
+def test_a_symbolic_denominator():
+    logits, labels = problem()
+    batch = torch.export.Dim("batch", min=2)
+
+    class PerRow(torch.nn.Module):
+        def forward(self, logits, labels):
+            return cross_entropy(logits, labels, denominator=2 * logits.shape[0])
+
+    shapes = ({0: batch}, {0: batch})
+    program = torch.export.export(PerRow(), (logits, labels), dynamic_shapes=shapes).module()
+    traced = make_fx(lambda x, y: cross_entropy(x, y, denominator=y.numel() / 2), tracing_mode="symbolic")
+    traced = traced(logits.detach(), labels)
+    for n_rows in (6, 4):
+        x, y = logits.detach()[:n_rows], labels[:n_rows]
+        total = F.cross_entropy(x, y, reduction="sum")
+        torch.testing.assert_close(program(x, y), total / (2 * n_rows))
+        torch.testing.assert_close(traced(x, y), total / (n_rows / 2))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("kind", ["hard", "soft"])
 def test_what_is_exported_can_be_trained(kind, reduction):
@@ -158,7 +192,7 @@ def test_what_is_exported_can_be_trained(kind, reduction):
         leaves.append(target)
     found = torch.autograd.grad(exported(leaves[0], target), leaves)
     torch.testing.assert_close(found, torch.autograd.grad(Loss()(leaves[0], target), leaves))
-    with pytest.raises(RuntimeError, match="got create_graph=True in an exported graph"):
+    with pytest.raises(RuntimeError, match="got create_graph=True in an exported or compiled graph"):
         torch.autograd.grad(exported(leaves[0], target), leaves, create_graph=True)
 
 

@@ -8,8 +8,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import torch_api
+from tests.conftest import HAS_GPU
 from torch_api import cross_entropy
 
+DEVICE = "cuda" if HAS_GPU else "cpu"
 SHAPES = [
     ((5,), ()),
     ((4, 5), (4,)),
@@ -195,3 +197,22 @@ def test_data_parallel_threads():
         threaded = list(pool.map(gradient, range(20)))
     for seed, got in enumerate(threaded):
         assert torch.equal(got, gradient(seed))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"reduction": "sum"}], ids=str)
+def test_the_default_dtype_changes_nothing(implementation, options):
+    logits, labels = torch.randn(5, 7, device=DEVICE, requires_grad=True), torch.arange(5, device=DEVICE)
+
+    def derivatives():
+        loss = cross_entropy(logits, labels, implementation=implementation, **options)
+        (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+        return loss, gradient, torch.autograd.grad(gradient.square().sum(), logits)[0]
+
+    expected = derivatives()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = derivatives()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -224,3 +224,33 @@ def test_functional_call_and_per_sample_gradients_of_a_model(implementation):
         expected = torch.autograd.grad(loss(dict(model.named_parameters()), own), model.parameters())
         for got, want in zip(per_sample.values(), expected, strict=True):
             torch.testing.assert_close(got[i], want, rtol=1e-5, atol=1e-7)
+
+
+@each_implementation
+def test_a_gradient_that_is_constant_has_derivatives(batch, implementation):
+    """That of probabilities is, in them, where the logits are not differentiated."""
+    x, t, w = batch[0][0], batch[2][0].requires_grad_(), batch[3][0]
+    (gradient,) = torch.autograd.grad(ours(implementation)(x, t, w), t, create_graph=True)
+    close(torch.autograd.grad((gradient * t).sum(), t)[0], gradient.detach())
+
+
+@each_implementation
+@each_reduction
+@pytest.mark.parametrize("kind", [1, 2], ids=["hard", "soft"])
+def test_jacobians_by_class_weights(batch, implementation, reduction, kind):
+    x, y, w = batch[0][0], batch[kind][0], batch[3][0]
+    expected = jacfwd(plain(reduction), 2)(x, y, w)
+    close(jacrev(ours(implementation, reduction), 2)(x, y, w), expected)
+
+
+@each_implementation
+@each_reduction
+def test_batched_gradients_that_cannot_be_right_say_what_to_write(batch, implementation, reduction):
+    x, y, w = batch[0][0].requires_grad_(), batch[1][0], batch[3][0].requires_grad_()
+    loss = ours(implementation, reduction)(x, y, w.detach())
+    units = torch.eye(max(loss.numel(), 1), device=DEVICE, dtype=loss.dtype).view(-1, *loss.shape)
+    with pytest.raises(RuntimeError, match=r"create_graph=True with is_grads_batched=True .*torch.func.jacrev"):
+        torch.autograd.grad(loss, x, units, is_grads_batched=True, create_graph=True)
+    loss = ours(implementation, reduction)(x, y, w)
+    with pytest.raises(RuntimeError, match=r"by class weights.*torch.func.jacrev by the weights"):
+        torch.autograd.grad(loss, w, units, is_grads_batched=True)

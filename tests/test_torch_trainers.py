@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.conftest import HAS_GPU
-from torch_api import causal_lm_loss, cross_entropy, for_causal_lm_loss, patch
+from torch_api import causal_lm_loss, cross_entropy, for_causal_lm_loss, functional_cross_entropy, patch
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -146,4 +146,23 @@ def test_patch_replaces_and_restores():
     assert F.cross_entropy is theirs
     with pytest.raises(RuntimeError, match="stop"), patch():
         raise RuntimeError("stop")
+    assert F.cross_entropy is theirs
+
+
+@pytest.mark.parametrize("count", [torch.tensor(7), torch.tensor([7]), torch.tensor([[7.0]]), torch.full((2, 1), 7)])
+def test_the_count_is_one_however_often_it_is_repeated(count):
+    """As transformers' Trainer hands it to replicas: [replicas, 1], and [1, 1] to each."""
+    logits, labels = torch.randn(2, 5, 8), torch.randint(0, 8, (2, 5))
+    expected = causal_lm_loss(logits, labels, 7)
+    torch.testing.assert_close(causal_lm_loss(logits, labels, count), expected)
+    torch.testing.assert_close(for_causal_lm_loss(logits, labels, 8, count), expected)
+
+
+def test_patches_that_overlap_restore_at_the_last_ones_end():
+    theirs, first, second = F.cross_entropy, patch(), patch()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert F.cross_entropy is functional_cross_entropy
+    second.__exit__(None, None, None)
     assert F.cross_entropy is theirs

@@ -138,6 +138,8 @@ def checked_denominator(denominator: float | Tensor, dtype: torch.dtype, device:
             passed = f"denominator on {denominator.device} with input on {device}"
             fail(ValueError, passed, "one device", "denominator.to(input.device)")
         return denominator.reshape(()).to(device=device, dtype=dtype, non_blocking=True)
+    if isinstance(denominator, torch.SymInt | torch.SymFloat):
+        return denominator  # a tracer's number
     if not is_number(denominator):
         denominator_error(denominator)
     return float(denominator)

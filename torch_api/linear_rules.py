@@ -143,7 +143,11 @@ def linear_rows(head: Head, static: Static, *, with_argmax: bool) -> tuple[Tenso
     if tracing.is_higher_order():
         # Forward mode and derivatives of derivatives by torch.func.
         return whole_rows(head, static)
-    loss, lse, _, predicted = LinearRows.apply(*head, static, with_argmax)
+    if torch.compiler.is_compiling():
+        # No Function, as in `torch_api.rules`.
+        loss, lse, _, predicted = linear_stats(head, static, with_argmax=with_argmax)
+    else:
+        loss, lse, _, predicted = LinearRows.apply(*head, static, with_argmax)
     return loss, lse, predicted
 
 

@@ -1,8 +1,8 @@
 """The row operations as custom operators with fakes, for whoever traces: compile, export, make_fx.
 
 They cannot be looked into, they run `torch_api.launch`, and their gradients are laid out as `torch.empty_like` lays
-them. Statistics have a derivative of their own for graphs that hold nothing else of ours: exported programs that are
-trained.
+them. Statistics have a derivative of their own for graphs that hold nothing else of ours: compiled programs, and
+exported ones that are trained.
 """
 
 import torch
@@ -109,7 +109,10 @@ def refuse_create_graph() -> None:
     """Raises under create_graph, in the derivatives of operators, whose own derivatives nobody knows."""
     if torch.is_grad_enabled():
         fail(
-            RuntimeError, "create_graph=True in an exported graph", "first derivatives", "the call itself, not exported"
+            RuntimeError,
+            "create_graph=True in an exported or compiled graph",
+            "first derivatives",
+            "the call itself, neither exported nor compiled",
         )
 
 

@@ -1,7 +1,8 @@
 """`patch()`: `torch.nn.functional.cross_entropy` becomes ours, for programs that cannot be edited."""
 
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch.nn.functional as F
@@ -37,13 +38,18 @@ def functional_cross_entropy(
     )
 
 
+_lock = threading.Lock()
+# What was there before every `patch()` that is open.
+_before: list[Callable] = []
+
+
 @contextmanager
 def patch() -> Iterator[None]:
     """While it lasts, `torch.nn.functional.cross_entropy`, and with it `torch.nn.CrossEntropyLoss`, is this package's.
 
-    What was there before comes back at the end, also after an exception. It reaches callers that look the function up
-    in its module (`F.cross_entropy`, as PyTorch and transformers do), in every thread; a name that was imported
-    earlier (`from torch.nn.functional import cross_entropy`) stays what it was.
+    What was there before comes back at the end, also after an exception; of several that overlap, at the last's. It
+    reaches callers that look the function up in its module (`F.cross_entropy`, as PyTorch and transformers do), in
+    every thread; a name that was imported earlier (`from torch.nn.functional import cross_entropy`) stays what it was.
 
     Example:
         >>> import torch
@@ -54,9 +60,12 @@ def patch() -> Iterator[None]:
         >>> F.cross_entropy(torch.zeros(2, 4, dtype=torch.bfloat16), torch.tensor([0, 3])).dtype
         torch.bfloat16
     """
-    theirs = F.cross_entropy
-    F.cross_entropy = functional_cross_entropy
+    with _lock:
+        _before.append(F.cross_entropy)
+        F.cross_entropy = functional_cross_entropy
     try:
         yield
     finally:
-        F.cross_entropy = theirs
+        with _lock:
+            # In whatever order they end: each but the last leaves ours.
+            F.cross_entropy = _before.pop()

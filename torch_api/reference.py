@@ -40,7 +40,7 @@ def stats(inputs: Inputs, spec: RowSpec, with_argmax: bool) -> Stats:
     if options.z_loss:
         loss = loss + options.z_loss * lse * lse
     # A factor, so that every derivative of an invalid row is NaN too.
-    poison = torch.where(label.invalid, torch.nan, 1.0)
+    poison = torch.ones_like(loss).masked_fill(label.invalid, torch.nan)
     loss, s = torch.where(label.ignored, 0.0, loss * poison), torch.where(label.ignored, 0.0, s * poison)
     if not with_argmax:
         return Stats(loss, torch.where(label.ignored, 0.0, lse), s)

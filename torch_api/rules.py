@@ -26,9 +26,13 @@ def row_losses(inputs: Inputs, spec: RowSpec, *, with_argmax: bool = False, dona
         if needs_graph(inputs):
             return Stats(*_EagerRowLosses.apply(*inputs, spec, with_argmax, donate))
         return launch.stats(inputs, spec, with_argmax=with_argmax)
+    compiling = torch.compiler.is_compiling()
     trains_weight = inputs.weight is not None and inputs.weight.requires_grad
-    if tracing.is_higher_order() or (trains_weight and torch.compiler.is_compiling()):
+    if tracing.is_higher_order() or (trains_weight and compiling):
         return plain_row_losses(inputs, spec, with_argmax=with_argmax)
+    if compiling:
+        # No Function: for what one saves, Dynamo does not notice that it is written to before the backward.
+        return ops.stats(inputs, spec, with_argmax=with_argmax)
     return Stats(*RowLosses.apply(*inputs, spec, with_argmax, False))
 
 
@@ -197,6 +201,14 @@ class FusedLoss(Function):
 
 
 def _row_gradients(*args) -> tuple[Tensor, Tensor | None]:
+    if torch.is_grad_enabled() and tracing.is_batched(*args[5:7]):
+        # What PyTorch maps here, a Function's result is detached from.
+        fail(
+            RuntimeError,
+            "create_graph=True with is_grads_batched=True (or vectorize=True)",
+            "derivatives by torch.func where they are differentiated again",
+            "torch.func.jacrev, or torch.func.vmap over torch.autograd.grad(…, create_graph=True)",
+        )
     return (_EagerRowGradients if tracing.is_eager(*args[:7]) else RowGradients).apply(*args)
 
 
@@ -232,12 +244,23 @@ def check_donation(ctx, *upstream: Tensor | None) -> None:
 
 def _weight_gradient(inputs: Inputs, spec: RowSpec, dloss: Tensor) -> Tensor | None:
     # Plain operations: class weights that are trained are rare, and their gradient reduces over rows, not classes.
+    if tracing.is_batched(dloss):
+        fail(
+            RuntimeError,
+            "is_grads_batched=True (or vectorize=True) by class weights",
+            "torch.func, which maps every operation",
+            "torch.func.jacrev by the weights",
+        )
+
     def plain(logits, target, weight, dloss):
         flat = launch.flat(Inputs(logits, target, weight))
         dloss = dloss.reshape(-1)
         rows = reference.stats(reference.without_dead_rows(flat, spec, dloss, None), spec, with_argmax=False).loss
         return ((dloss * rows).sum(),)
 
+    if tracing.is_transformed():
+        # The weight's own graph ends where a transform has mapped the upstream gradient.
+        return torch.func.grad(lambda weight: plain(inputs.logits, inputs.target, weight, dloss)[0])(inputs.weight)
     one = torch.ones((), dtype=dloss.dtype, device=dloss.device)
     return _plain_gradients(plain, (*inputs, dloss), (False, False, True, False), (one,))[2]
 
@@ -252,6 +275,10 @@ def _plain_gradients(function, inputs, wanted, cotangents) -> list[Tensor | None
         views = [x.view_as(x) if want else x for x, want in zip(inputs, wanted, strict=True)]
         outputs = function(*views)
     pairs = [(y, dy) for y, dy in zip(outputs, cotangents, strict=True) if y is not None and dy is not None]
+    # A gradient may be constant in all that is wanted, as that of probabilities is in them.
+    pairs = [(y, dy) for y, dy in pairs if y.requires_grad]
+    if not pairs:
+        return [None] * len(inputs)
     targets = [view for view, want in zip(views, wanted, strict=True) if want]
     ys, dys = zip(*pairs, strict=True)
     grads: Any = torch.autograd.grad(ys, targets, dys, create_graph=create_graph, allow_unused=True)

@@ -31,7 +31,8 @@ def causal_lm_loss(
     Args:
         outputs: the model's output: an object with `logits`, a mapping with them, or the logits [batch, time, classes].
         labels: [batch, time], not shifted, as transformers has them.
-        num_items_in_batch: a number or a tensor of one element, never read by the host.
+        num_items_in_batch: a number or a tensor, never read by the host; with several elements, as `Trainer` repeats
+            it for replicas, they are the same.
         ignore_index: labels to leave out.
         label_smoothing: as in `torch_api.cross_entropy`, and so are the rest.
         z_loss: the weight of lse².
@@ -65,7 +66,7 @@ def causal_lm_loss(
         z_loss=z_loss,
         softcap=softcap,
         logit_scale=logit_scale,
-        denominator=num_items_in_batch,
+        denominator=_count(num_items_in_batch, logits),
         donate_logits=donate_logits,
     )
 
@@ -127,8 +128,14 @@ def for_causal_lm_loss(
         z_loss=z_loss,
         softcap=softcap,
         logit_scale=logit_scale,
-        denominator=num_items_in_batch,
+        denominator=_count(num_items_in_batch, logits),
     )
+
+
+def _count(num_items_in_batch: float | Tensor | None, logits: Tensor) -> float | Tensor | None:
+    if not isinstance(num_items_in_batch, Tensor) or not num_items_in_batch.numel():
+        return num_items_in_batch
+    return num_items_in_batch.flatten()[0].to(logits.device, non_blocking=True)
 
 
 def _shifted(labels: Tensor | None, ignore_index: int) -> Tensor:
