@@ -1,10 +1,13 @@
 """How the cost of our training step grows: with rows, with the vocabulary, with the dtype."""
 
+import functools
+
 import torch
+import torch.nn.functional as F
 
 import torch_api
 from benchmarks.shapes import LLAMA3
-from benchmarks.timing import forward, interleaved, read
+from benchmarks.timing import forward, interleaved, ours_is_right, read, right_rows, wrong_gradient
 
 ROWS = tuple(4**k for k in range(9))  # 1 to 65536; the last is 8·10⁹ elements, beyond 32-bit offsets
 ELEMENTS = 2**28
@@ -19,8 +22,10 @@ def measure(n_rows: int, n_classes: int, dtype: torch.dtype) -> dict:
 
     def step(_):
         value = torch_api.cross_entropy(logits, labels)
-        torch.autograd.grad(value, logits)
+        return torch.autograd.grad(value, logits)[0]
 
+    right = right_rows(functools.partial(F.cross_entropy, reduction="sum"), logits, labels) / n_rows
+    ours_is_right(f"{n_rows}×{n_classes} {dtype}", wrong_gradient(step(0), right))
     functions = {
         "train": step,
         "forward": lambda _: forward(torch_api.cross_entropy, logits, labels),

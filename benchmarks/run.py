@@ -1,5 +1,6 @@
 """Times every contender at every shape, our options at one, and how our cost grows; writes one JSON file."""
 
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -18,9 +19,21 @@ from benchmarks.host import measure
 from benchmarks.memory_jax import temporary_bytes
 from benchmarks.names import OURS_TORCH, OVERWRITES
 from benchmarks.shapes import LLAMA3, SHAPES, Shape
-from benchmarks.timing import ROTATED_BYTES, forward, interleaved, jax_ms, peak_bytes, read, refused, train
+from benchmarks.timing import (
+    ROTATED_BYTES,
+    forward,
+    interleaved,
+    jax_ms,
+    ours_is_right,
+    peak_bytes,
+    read,
+    refused,
+    right_rows,
+    train,
+    wrong_gradient,
+)
 
-CHECKED_ROWS = 64
+SUM = functools.partial(F.cross_entropy, reduction="sum")
 
 
 def problem(shape: Shape, dtype: torch.dtype = torch.bfloat16) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -36,9 +49,7 @@ def expected(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, torch.T
     """The mean loss, and the gradient of the first rows, in fp64."""
     parts = zip(logits.detach().split(256), labels.split(256), strict=True)
     total = sum(F.cross_entropy(rows.double(), classes, reduction="sum").item() for rows, classes in parts)
-    leaf = logits[:CHECKED_ROWS].detach().double().requires_grad_()
-    part = F.cross_entropy(leaf, labels[:CHECKED_ROWS], reduction="sum") / len(labels)
-    return total / len(labels), torch.autograd.grad(part, leaf)[0]
+    return total / len(labels), right_rows(SUM, logits, labels) / len(labels)
 
 
 def donated_peak_bytes(logits: torch.Tensor, labels: torch.Tensor, right: tuple) -> int:
@@ -78,7 +89,8 @@ def time_torch(buffers: list[torch.Tensor], labels: torch.Tensor, right: tuple) 
             result[name]["donated_peak_bytes"] = donated_peak_bytes(buffers[0], labels, right)
         if name not in OVERWRITES:
             result[name]["peak_bytes"] = peak_bytes(lambda loss=loss: train(loss, buffers[0], labels))
-            functions[name, "forward"] = lambda turn, loss=loss: forward(loss, buffers[turn % len(buffers)], labels)
+            if not refused(name, forward(loss, buffers[0], labels), None, right):
+                functions[name, "forward"] = lambda turn, loss=loss: forward(loss, buffers[turn % len(buffers)], labels)
         functions[name, "train"] = lambda turn, loss=loss, own=own: train(loss, own(turn), labels)
     upstream = torch.randn(len(labels), device="cuda")
 
@@ -86,6 +98,8 @@ def time_torch(buffers: list[torch.Tensor], labels: torch.Tensor, right: tuple) 
         logits = buffers[turn % len(buffers)]
         return torch.autograd.grad(torch_api.cross_entropy(logits, labels, reduction="none"), logits, upstream)
 
+    wanted = right[1] * len(labels) * upstream[: len(right[1]), None]
+    ours_is_right("none", wrong_gradient(rows(0)[0], wanted))
     functions[OURS_TORCH, "none"] = rows
     if any(name in result for name in OVERWRITES):
         functions["own copy", ""] = lambda turn: buffers[turn % len(buffers)] * 1
@@ -123,8 +137,10 @@ def time_jax(logits: torch.Tensor, labels: torch.Tensor, right: tuple, repeats: 
             "first_call_s": first_call,
             "temporary_bytes": int(memory.temp_size_in_bytes),
             "train": jax_ms(lambda x, step=compiled: step(x, y)[0], [x + 0 for _ in range(repeats + 1)]),
-            "forward": jax_ms(lambda x, evaluate=evaluate: evaluate(x, y), [x] * (repeats + 1)),
         }
+        if not refused(name, torch.from_dlpack(evaluate(x, y)), None, right):
+            forward_ms = jax_ms(lambda x, evaluate=evaluate: evaluate(x, y), [x] * (repeats + 1))
+            result[name]["forward"] = forward_ms
     return result
 
 
@@ -147,6 +163,20 @@ def run_shape(shape: Shape) -> dict:
 KINDS = ("train", "forward", "none")
 
 
+def right_step(
+    logits: torch.Tensor, targets: torch.Tensor, upstream: torch.Tensor | None = None, **chosen
+) -> torch.Tensor:
+    """The first rows of the gradient of `mean`, in fp64 by plain operations."""
+    divisor: float | torch.Tensor = len(logits)
+    if not targets.is_floating_point():
+        counted = targets != -100
+        weight = chosen.get("weight", torch.ones(logits.shape[-1], device=logits.device))
+        divisor = torch.where(counted, weight.double()[targets.clamp(min=0)], 0.0).sum()
+    total = functools.partial(torch_api.cross_entropy, reduction="sum", implementation="reference", **chosen)
+    rows = right_rows(total, logits, targets) / divisor
+    return rows if upstream is None else rows * upstream
+
+
 def options() -> dict:
     """What each option adds to our training step: multiples of the plain one, interleaved with it."""
     shape = Shape("Llama 3", 4096, LLAMA3)
@@ -160,24 +190,29 @@ def options() -> dict:
 
     def step(targets=labels, upstream=None, loss=torch_api.cross_entropy, **chosen):
         value = loss(logits, targets, **chosen)
-        return torch.autograd.grad(value, logits, upstream)
+        return torch.autograd.grad(value, logits, upstream)[0]
 
     def read_two_write_one(_):
         torch.add(logits.detach(), soft, out=other)
 
-    functions = {
-        "plain": lambda _: step(),
-        "class weights": lambda _: step(weight=weight),
-        "label smoothing": lambda _: step(label_smoothing=0.1),
-        "z-loss": lambda _: step(z_loss=1e-4),
-        "soft cap": lambda _: step(softcap=30.0),
-        "half the rows ignored": lambda _: step(half),
-        "upstream gradient of 3": lambda _: step(upstream=scalar),
-        "`torch.compile`": lambda _: step(loss=in_graph),
-        "soft targets": lambda _: step(soft),
-        "copy": lambda _: into.copy_(logits.detach()),
-        "read two, write one": read_two_write_one,
+    steps: dict[str, dict] = {
+        "plain": {},
+        "class weights": {"weight": weight},
+        "label smoothing": {"label_smoothing": 0.1},
+        "z-loss": {"z_loss": 1e-4},
+        "soft cap": {"softcap": 30.0},
+        "half the rows ignored": {"targets": half},
+        "upstream gradient of 3": {"upstream": scalar},
+        "`torch.compile`": {"loss": in_graph},
+        "soft targets": {"targets": soft},
     }
+    for name, arguments in steps.items():
+        known = {"targets": labels} | {key: value for key, value in arguments.items() if key != "loss"}
+        ours_is_right(name, wrong_gradient(step(**arguments), right_step(logits, **known)))
+    functions: dict[str, Callable[[int], object]] = {
+        name: lambda _, arguments=arguments: step(**arguments) for name, arguments in steps.items()
+    }
+    functions |= {"copy": lambda _: into.copy_(logits.detach()), "read two, write one": read_two_write_one}
     times = interleaved(functions)
     return {"shape": shape._asdict(), "times": times}
 

@@ -12,6 +12,7 @@ from benchmarks.names import OURS_JAX, OURS_TORCH
 
 Timing = dict[str, float]
 ROTATED_BYTES = 2**28  # several times the L2 cache
+CHECKED_ROWS = 64
 
 
 def interleaved[K](functions: Mapping[K, Callable[[int], object]], repeats: int = 15) -> dict[K, Timing]:
@@ -122,21 +123,45 @@ def peak_bytes(function: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def mistake(loss: torch.Tensor, gradient: torch.Tensor, expected: tuple[float, torch.Tensor], rtol: float) -> str:
-    """What is wrong with a contender's loss or the first rows of its gradient; empty if nothing is."""
-    right_loss, right_gradient = expected
+def wrong_loss(loss: torch.Tensor, right: float) -> str:
+    """What is wrong with a loss; empty if nothing is."""
     # Some contenders round their loss to bf16.
-    if abs(loss.item() - right_loss) > (2.0**-8 if loss.dtype == torch.bfloat16 else 1e-5) * abs(right_loss):
-        return f"loss {loss.item()}, expected {right_loss}"
-    rows = gradient[: len(right_gradient)].double()
-    wrong = (rows - right_gradient).abs() > rtol * right_gradient.abs() + 1e-12
-    return f"{int(wrong.sum())} of {wrong.numel()} gradient elements" if wrong.any() else ""
+    tolerance = 2.0**-8 if loss.dtype == torch.bfloat16 else 1e-5
+    return f"loss {loss.item()}, expected {right}" if not abs(loss.item() - right) <= tolerance * abs(right) else ""
 
 
-def refused(name: str, loss: torch.Tensor, gradient: torch.Tensor, right: tuple) -> bool:
-    """Whether a contender's result is too wrong to be timed; raises if it is ours."""
+def wrong_gradient(gradient: torch.Tensor, right: torch.Tensor, rtol: float = 2.0**-7) -> str:
+    """What is wrong with the first rows of a gradient: all that is right holds of them; empty if nothing is."""
+    finest = torch.finfo(gradient.dtype)
+    atol = max(1e-12, finest.tiny * finest.eps)
+    right_here = (gradient[: len(right)].double() - right).abs() <= rtol * right.abs() + atol
+    wrong = right_here.numel() - int(right_here.sum())
+    return f"{wrong} of {right_here.numel()} gradient elements" if wrong else ""
+
+
+def mistake(loss: torch.Tensor, gradient: torch.Tensor, right: tuple[float, torch.Tensor], rtol: float) -> str:
+    """What is wrong with a contender's loss or the first rows of its gradient; empty if nothing is."""
+    return wrong_loss(loss, right[0]) or wrong_gradient(gradient, right[1], rtol)
+
+
+def right_rows(loss: Callable[..., torch.Tensor], logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The gradient of the sum of loss over the first rows, in fp64."""
+    leaf = logits[:CHECKED_ROWS].detach().double().requires_grad_()
+    own = targets[:CHECKED_ROWS]
+    return torch.autograd.grad(loss(leaf, own.double() if own.is_floating_point() else own), leaf)[0]
+
+
+def ours_is_right(what: str, wrong: str) -> None:
+    """Raises AssertionError if something is wrong."""
+    if wrong:
+        raise AssertionError(f"{what}: {wrong}")
+
+
+def refused(name: str, loss: torch.Tensor, gradient: torch.Tensor | None, right: tuple) -> bool:
+    """Whether a contender's result is too wrong to be timed; raises if it is ours. gradient: None for a forward."""
     # One unit in the last place of bf16; some peers round log-probabilities to bf16, and exponentiate those.
-    wrong = mistake(loss, gradient, right, rtol=0.1 if name in ("torch", "Optax, bf16") else 2.0**-7)
+    rtol = 0.1 if name in ("torch", "Optax, bf16") else 2.0**-7
+    wrong = wrong_loss(loss, right[0]) if gradient is None else mistake(loss, gradient, right, rtol)
     if wrong and name in (OURS_TORCH, OURS_JAX):
         raise AssertionError(f"{name}: {wrong}")
     if wrong:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import triton
 
 import torch_api
-from benchmarks import compiling, plots, report, tune
+from benchmarks import compiling, plots, report, run, timing, tune
 from benchmarks.names import OURS_TORCH
 from benchmarks.timing import mistake
 from ce_kernels import Problem
@@ -214,6 +214,28 @@ def test_tuning_tries_what_can_be_launched(kernel, n_classes):
         assert launch.config == config
         # One 16-byte vector a thread at the least.
         assert config.block * max(config.rows, 1) * 2 >= config.num_ctas * config.num_warps * 32 * 16
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [{}, {"weight": torch.rand(50) + 0.5}, {"label_smoothing": 0.1}, {"z_loss": 1e-2}, {"softcap": 3.0}],
+    ids=lambda chosen: str(*chosen),
+)
+@pytest.mark.parametrize("kind", ["labels", "half of them", "probabilities"])
+def test_the_first_rows_of_a_step_are_checked(kind, chosen):
+    logits, labels = torch.randn(100, 50, dtype=torch.float64, requires_grad=True), torch.randint(0, 50, (100,))
+    labels[::2] = torch.where(torch.tensor(kind == "half of them"), -100, labels[::2])
+    targets = torch.randn(100, 50).double().softmax(-1) if kind == "probabilities" else labels
+    upstream = torch.tensor(3.0, dtype=torch.float64)
+    loss = torch_api.cross_entropy(logits, targets, **chosen)
+    (gradient,) = torch.autograd.grad(loss, logits, upstream)
+    right = run.right_step(logits, targets, upstream, **chosen)
+    assert len(right) == timing.CHECKED_ROWS
+    assert not timing.wrong_gradient(gradient, right)
+    for other in (gradient * 1.02, gradient.roll(1, 0), gradient * torch.nan):
+        assert "gradient elements" in timing.wrong_gradient(other, right)
+    with pytest.raises(AssertionError, match="plain: wrong"):
+        timing.ours_is_right("plain", "wrong")
 
 
 @pytest.mark.parametrize("wrong", ["", "loss", "off target", "target"])
