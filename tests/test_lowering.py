@@ -93,7 +93,7 @@ def test_cpu_programs_hold_no_kernel(lowered):
 
 def test_every_kernel_compiles_for_every_dtype_from_ampere_to_blackwell_and_for_amd():
     nvidia, amd, two_levels, alone = 3 * 4, 1, 3 * 2, 2 * 3
-    tiles = (3 * 4 + 2) * 3
+    tiles, exchanges = (3 * 4 + 2) * 3, 2 * 2
     assert run_compiled("tests.compiled.compile_all") == {
-        "compiled": (nvidia + amd) * 3 * 3 + tiles + two_levels + alone
+        "compiled": (nvidia + amd) * 3 * 3 + tiles + exchanges + two_levels + alone
     }

@@ -91,6 +91,17 @@ for target in TARGETS:
             for launch, extra in launches(problem, options, options is EVERY):
                 compile_launch(launch, problem, options, options is EVERY, extra, target)
                 count += 1
+# What multiprocessors of a cluster exchange of a row: with the sum of x, and with soft targets.
+for target in TARGETS[1:3]:
+    for options, soft in ((Options(label_smoothing=0.1), False), (PLAIN, True)):
+        n = 151936
+        problem = Problem(
+            8, n, "bfloat16", soft, n, n if soft else 1, n, clusters=True, label_smoothing=not soft, overlapped=True
+        )
+        launch = plan_fused(problem, denominator_stride=0, in_place=False)
+        assert launch.config.num_ctas > 1
+        compile_launch(launch, problem, options, False, {"denominator_ptr": "*fp32"}, target)
+        count += 1
 # Tiles: short rows with every option, with soft targets, of odd lengths; classes that lie apart, in groups of rows.
 n, inner = 21, 2**16
 apart = Problem(8 * inner, n, "bfloat16", False, 1, 1, n, inner, n * inner, 1, n * inner, inner, inner)
