@@ -17,6 +17,7 @@ from ce_kernels import Options
 from jax_api import cross_entropy, launch, slices
 from jax_api.reference import Upstream
 from jax_api.static import Part, Static
+from tests.hlo import passes_over
 
 pytestmark = pytest.mark.gpu
 N, V = 512, 32000
@@ -134,6 +135,17 @@ def test_gradient_is_written_over_dead_logits_and_beside_living_ones():
         assert "output_to_operand_aliasing" in program
     (_, logits), _ = step(hidden, head)
     close(logits, jax.jit(jnp.matmul)(hidden, head))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_training_step_is_the_only_pass_over_donated_logits(batch, reduction):
+    def loss(x, y):
+        return cross_entropy(x, y, reduction=reduction, **OPTIONS)
+
+    step = jax.jit(jax.value_and_grad(loss), donate_argnums=0).lower(*batch).compile()
+    assert passes_over(step.as_text(), N * V) == ["custom-call"]
+    evaluation = jax.jit(loss).lower(*batch).compile()
+    assert passes_over(evaluation.as_text(), N * V) == ["custom-call"]
 
 
 def test_a_flax_train_step_needs_one_array_of_the_logits_size():

@@ -15,6 +15,7 @@ from benchmarks.memory_jax import temporary_bytes
 from jax_api import backend, cross_entropy, cross_entropy_rows
 from tests.cases import ALL
 from tests.conftest import HAS_GPU
+from tests.hlo import passes_over
 from tests.test_transforms import close, each_implementation, plain_loss
 
 interpreted = pytest.mark.skipif(HAS_GPU, reason="tests/test_gpu_jax.py does the same with compiled kernels")
@@ -206,3 +207,16 @@ def test_versions_that_go_together(monkeypatch, jax_version, jax_triton_version,
 def test_without_jax_triton(monkeypatch):
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
     assert backend._obstacle.__wrapped__() == "no jax-triton installed"
+
+
+def test_passes_over_large_arrays_are_seen_in_a_program():
+    x = jnp.ones((64, 128), jnp.float32)
+
+    def passes(function, elements=x.size, **options):
+        return passes_over(jax.jit(function, **options).lower(x).compile().as_text(), elements)
+
+    assert passes(lambda x: x, donate_argnums=0) == []
+    assert len(passes(lambda x: x * 2.0)) == 1
+    assert len(passes(lambda x: x.sum())) == 1, "a read alone, too"
+    assert len(passes(lambda x: (x @ x.T, jnp.sin(x)))) == 2
+    assert passes(lambda x: x * 2.0, elements=x.size + 1) == []
