@@ -260,11 +260,12 @@ def test_chunks_are_within_the_budget_and_cover_all_rows(shape, budget):
     assert -(-n_rows // equal) * equal <= count * rows
 
 
+@pytest.mark.parametrize("chunks", [4, 16, 32])
 @pytest.mark.parametrize("frontend", [f for f in FRONTENDS if "interpreter" not in str(f.id)])
-def test_errors_of_the_accumulations(frontend):
+def test_errors_of_the_accumulations(frontend, chunks):
     """Against the fp64 sum of the same bf16 products, in units of the error of one rounding to bf16."""
     rng = np.random.default_rng(0)
-    n_rows, width, n_classes, chunks = 2048, 32, 96, 16
+    n_rows, width, n_classes = 2048, 32, 96
     hidden = rng.normal(size=(n_rows, width)).astype(NUMPY["bfloat16"])
     weight = (rng.normal(size=(n_classes, width)) * 0.3).astype(NUMPY["bfloat16"])
     labels = frontend.array(rng.integers(0, n_classes, n_rows))
@@ -296,4 +297,5 @@ def test_errors_of_the_accumulations(frontend):
     once = np.sqrt(np.mean((exact.astype(NUMPY["bfloat16"]).astype(np.float64) - exact) ** 2))
     errors = {name: np.sqrt(np.mean((found(name) - exact) ** 2)) / once for name in ("float32", "parameter")}
     assert errors["float32"] < 1.05
-    assert 1.2 < errors["parameter"] < 1.2 * np.sqrt((chunks + 1) / 2)
+    # Errors of roundings that do not know of each other, of sums that grow with the chunks.
+    assert 0.8 < errors["parameter"] / np.sqrt((chunks + 1) / 2) < 1.2

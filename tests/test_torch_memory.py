@@ -325,6 +325,9 @@ def test_modules_are_copied_and_pickled():
         ("plain", 1.0),
         ("donated", 0.0),
         ("all_but_last", 1.0),
+        ("every_other", 1.0),
+        ("expanded", 1.0),
+        ("transposed", 1.0),
         ("donated_none", 0.0),
         ("classes_first", 1.0),
         ("classes_first, loss", 0.0),
@@ -335,8 +338,13 @@ def test_peak_memory(name, buffers):
     base = torch.randn(4, 513, 32000, device="cuda", dtype=torch.bfloat16)
     if name.startswith("classes_first"):
         base = base.transpose(1, 2).contiguous().transpose(1, 2)
-    view = base[:, :-1] if name == "all_but_last" else base
-    view = view.detach().requires_grad_()
+    views = {
+        "all_but_last": base[:, :-1],
+        "every_other": base[:, ::2],
+        "expanded": base[:1].expand(4, -1, -1),
+        "transposed": base.transpose(0, 1),
+    }
+    view = views.get(name, base).detach().requires_grad_()
     labels = torch.randint(0, 32000, view.shape[:-1], device="cuda")
     options = {"dim": -1, "reduction": "none" if name.endswith("none") else "mean"}
 
