@@ -98,12 +98,13 @@ def _levels(stride: int, outer_stride: int | None) -> tuple[int, ...]:
     return (stride,) if outer_stride is None else (stride, outer_stride)
 
 
-def has_clusters(capability: int) -> bool:
+def has_clusters(capability: int, *, spread: bool) -> bool:
     """Whether a program may span several multiprocessors of a GPU of compute capability 90, 100, …
 
-    Triton 3.7 fails to compile reductions over them.
+    Triton 3.7 fails to compile reductions over them, 3.8 those of more than one number: of rows whose target mass is
+    spread over all classes (soft targets, label smoothing).
     """
-    return capability >= 90 and _triton_version() >= (3, 8)
+    return capability >= 90 and _triton_version() >= ((3, 9) if spread else (3, 8))
 
 
 def has_overlap(capability: int) -> bool:

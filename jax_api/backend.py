@@ -66,9 +66,9 @@ def compute_capability() -> int | None:
     return None if len(found) <= 1 else min(found)
 
 
-def clusters() -> bool:
-    """Whether every GPU can run one program on several multiprocessors."""
-    return jax.default_backend() == "gpu" and has_clusters(min(_capabilities(), default=0))
+def clusters(*, spread: bool) -> bool:
+    """Whether every GPU can run one program on several multiprocessors; spread: as `has_clusters` has it."""
+    return jax.default_backend() == "gpu" and has_clusters(min(_capabilities(), default=0), spread=spread)
 
 
 def _capabilities() -> frozenset[int]:

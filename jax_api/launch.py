@@ -115,17 +115,18 @@ def vary(array: Array, axes: frozenset[str]) -> Array:
 
 def _problem(logits: Array, target: Array, part: Part, options: Options) -> Problem:
     *rows, n_classes = logits.shape
+    soft, smoothed = reference.is_soft(target), bool(options.label_smoothing)
     return Problem(
         n_rows=math.prod(rows),
         n_classes=n_classes,
         logits_dtype=logits.dtype.name,
-        soft_targets=reference.is_soft(target),
+        soft_targets=soft,
         logits_stride=n_classes,
-        target_stride=n_classes if reference.is_soft(target) else 1,
+        target_stride=n_classes if soft else 1,
         total_classes=part.total,
-        clusters=clusters(),
+        clusters=clusters(spread=soft or smoothed),
         softcap=options.softcap is not None,
-        label_smoothing=bool(options.label_smoothing),
+        label_smoothing=smoothed,
     )
 
 

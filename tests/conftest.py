@@ -92,7 +92,7 @@ def clusters(monkeypatch):
     from torch_api import launch as torch_launch
 
     if not HAS_GPU:
-        monkeypatch.setattr(torch_launch, "has_clusters", lambda capability: True)
+        monkeypatch.setattr(torch_launch, "has_clusters", lambda capability, spread: True)
     monkeypatch.setattr(tuning, "TILED", dict.fromkeys(tuning.TILED, 0))
     monkeypatch.setattr(tuning, "LONG_ROW", 0)
     for table in [name for name in vars(tuning) if name.startswith("FUSED_CLUSTERS")] + ["STATS_FEW_ROWS"]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ce_kernels import Problem, tuning
+from ce_kernels import Problem, launch, tuning
 from tests.conftest import planned_anew
 from tests.frontends import FRONTENDS
 
@@ -56,3 +56,13 @@ def test_front_ends_say_which_options_are_on(frontend, options, monkeypatch):
     on = {"label_smoothing": False, "softcap": False} | dict.fromkeys(options, True)
     assert seen
     assert all(one == on for one in seen)
+
+
+@pytest.mark.parametrize(
+    ("version", "plain", "spread"), [((3, 7), False, False), ((3, 8), True, False), ((3, 9), True, True)], ids=str
+)
+def test_clusters_are_for_who_compiles_them(version, plain, spread, monkeypatch):
+    monkeypatch.setattr(launch, "_triton_version", lambda: version)
+    assert launch.has_clusters(90, spread=False) is plain
+    assert launch.has_clusters(90, spread=True) is spread
+    assert not launch.has_clusters(80, spread=False)

@@ -250,11 +250,12 @@ def _problem(arrays: tuple, spec: RowSpec) -> Problem:
     levels = layout.row_levels(shape, strides)
     assert levels is not None
     gradient = layout.gradient_levels(shape, strides)
+    soft, smoothed = target_stride is not None, bool(spec.options.label_smoothing)
     return Problem(
         n_rows=math.prod(shape[:-1]),
         n_classes=shape[-1],
         logits_dtype=_name(dtype),
-        soft_targets=target_stride is not None,
+        soft_targets=soft,
         logits_stride=levels.stride,
         target_stride=1 if target_stride is None else target_stride,
         total_classes=spec.total_classes or shape[-1],
@@ -265,10 +266,10 @@ def _problem(arrays: tuple, spec: RowSpec) -> Problem:
         class_stride=levels.class_stride,
         dlogits_class_stride=gradient.class_stride,
         aligned=aligned,
-        clusters=has_clusters(_capability(device)),
+        clusters=has_clusters(_capability(device), spread=soft or smoothed),
         overlapped=has_overlap(_capability(device)),
         softcap=spec.options.softcap is not None,
-        label_smoothing=bool(spec.options.label_smoothing),
+        label_smoothing=smoothed,
     )
 
 
