@@ -184,7 +184,7 @@ def _static(head: Head, options: Options, choices: _Choices, *, with_argmax: boo
     hidden, weight = facts_of("hidden", head.hidden), facts_of("weight", head.weight)
     bias = None if head.bias is None else facts_of("bias", head.bias)
     n_classes = check_linear(hidden, weight, bias, choices.class_axis)
-    if not all(isinstance(size, int) for size in (*hidden.shape, n_classes)):
+    if not all(isinstance(size, int) for size in (*hidden.shape[:-1], n_classes)):
         needed = "sizes that are numbers, since chunks of rows are counted when the program is traced"
         fail(ValueError, f"{hidden} with {weight}", needed, "a jax.export of every size, or the loss of whole logits")
     promoted = jnp.result_type(*(x.dtype for x in head[:3] if x is not None))

@@ -137,3 +137,12 @@ def test_a_symbolic_number_of_rows_in_jax():
         ValueError, match=r"got hidden .*rows.*; required: sizes that are numbers.*; write a jax.export"
     ):
         jax.export.export(step)(*shapes)
+
+
+def test_a_symbolic_width_is_none_of_the_chunks_business():
+    (width,) = jax.export.symbolic_shape("width")
+    shapes = [jax.ShapeDtypeStruct((n, width), jnp.float32) for n in (len(LABELS), 5)]
+    step = jax.jit(lambda hidden, weight: jax_api.linear_cross_entropy(hidden, weight, LABELS % 5, class_axis=0))
+    hidden, weight = jnp.ones((len(LABELS), 3), jnp.float32), jnp.ones((5, 3), jnp.float32)
+    exported = jax.export.export(step)(*shapes)
+    np.testing.assert_allclose(exported.call(hidden, weight), step(hidden, weight), rtol=1e-6)

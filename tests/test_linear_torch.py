@@ -320,3 +320,13 @@ def test_writing_to_what_a_compiled_backward_reads_is_noticed(backend):
     torch._dynamo.reset()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.compile(step, backend=backend)(hidden).backward()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_batched_gradients_are_not_detached_in_silence(reduction):
+    hidden, weight, labels, bias = problem()
+    loss = linear_cross_entropy(hidden, weight, labels, bias, reduction=reduction)
+    units = torch.eye(max(loss.numel(), 1), dtype=loss.dtype, device=DEVICE).view(-1, *loss.shape)
+    with pytest.raises(RuntimeError, match=r"create_graph=True with is_grads_batched=True .*torch.func.jacrev"):
+        torch.autograd.grad(loss, hidden, units, is_grads_batched=True, create_graph=True)
+    torch.autograd.grad(loss, hidden, units, is_grads_batched=True)

@@ -9,7 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ce_kernels import Options
 from tests.conftest import HAS_GPU
-from torch_api import CrossEntropyLoss, cross_entropy, cross_entropy_rows, ops, reductions
+from torch_api import CrossEntropyLoss, cross_entropy, cross_entropy_rows, ops, patch, reductions
 from torch_api.rows import RowSpec
 
 # Of Inductor's own start, and of the device that it looks for.
@@ -173,6 +173,19 @@ def test_a_symbolic_denominator():
         total = F.cross_entropy(x, y, reduction="sum")
         torch.testing.assert_close(program(x, y), total / (2 * n_rows))
         torch.testing.assert_close(traced(x, y), total / (n_rows / 2))
+
+
+def test_patch_inside_a_compiled_program():
+    logits, labels = problem()
+
+    def loss(x):
+        with patch():
+            return F.cross_entropy(x, labels, label_smoothing=0.1)
+
+    theirs = F.cross_entropy
+    expected = both(lambda x: F.cross_entropy(x, labels, label_smoothing=0.1), logits)
+    torch.testing.assert_close(both(torch.compile(loss, backend="aot_eager", fullgraph=True), logits), expected)
+    assert F.cross_entropy is theirs
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

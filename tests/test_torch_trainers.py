@@ -158,7 +158,7 @@ def test_the_count_is_one_however_often_it_is_repeated(count):
     torch.testing.assert_close(for_causal_lm_loss(logits, labels, 8, count), expected)
 
 
-def test_patches_that_overlap_restore_at_the_last_ones_end():
+def test_patches_that_overlap_restore_at_the_last_ones_end(monkeypatch):
     theirs, first, second = F.cross_entropy, patch(), patch()
     first.__enter__()
     second.__enter__()
@@ -166,3 +166,15 @@ def test_patches_that_overlap_restore_at_the_last_ones_end():
     assert F.cross_entropy is functional_cross_entropy
     second.__exit__(None, None, None)
     assert F.cross_entropy is theirs
+    with patch():
+        monkeypatch.setattr(F, "cross_entropy", another := lambda *_: None)
+        with patch():
+            assert F.cross_entropy is functional_cross_entropy
+        assert F.cross_entropy is another
+    assert F.cross_entropy is theirs
+
+
+@pytest.mark.parametrize("outputs", [(torch.zeros(1, 2, 3),), None, {"logits": None}])
+def test_outputs_without_logits_say_so_whatever_the_count(outputs):
+    with pytest.raises(TypeError, match="got input of type"):
+        causal_lm_loss(outputs, torch.zeros(1, 2, dtype=torch.int64), torch.tensor(4))

@@ -22,6 +22,7 @@ from torch_api.linear_chunks import Head, Static
 from torch_api.linear_ops import linear_fused, linear_grad, linear_stats
 from torch_api.losses import RowOutputs, cross_entropy_rows
 from torch_api.rows import Upstream, or_zeros
+from torch_api.rules import refuse_to_be_detached
 
 
 class LinearLoss(Function):
@@ -44,6 +45,7 @@ class LinearLoss(Function):
         compiling = torch.compiler.is_compiling()
         if not compiling and (torch.is_grad_enabled() or ctx.spent or tracing.is_batched(g)):
             # Under create_graph, or after a first backward gave its buffers away: compute the gradients anew.
+            refuse_to_be_detached(g)
             dloss = (g / denominator).expand(len(lse))
             gradients = LinearGradients.apply(*head, lse, target_sum, dloss, None, ctx.static, [*wanted, False])[:3]
         elif tracing.is_opaque(g):
@@ -88,6 +90,7 @@ class LinearRows(Function):
             gradients = linear_grad(Head(*head), Upstream(lse, target_sum, dloss, dlse), ctx.static, wanted)
             gradients = [x if want else None for x, want in zip(gradients, wanted, strict=True)]
         else:
+            refuse_to_be_detached(dloss, dlse)
             gradients = LinearGradients.apply(*head, lse, target_sum, dloss, dlse, ctx.static, wanted)
         return *gradients, None, None, None
 

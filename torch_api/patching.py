@@ -1,8 +1,7 @@
 """`patch()`: `torch.nn.functional.cross_entropy` becomes ours, for programs that cannot be edited."""
 
-import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch.nn.functional as F
@@ -38,9 +37,8 @@ def functional_cross_entropy(
     )
 
 
-_lock = threading.Lock()
-# What was there before every `patch()` that is open.
-_before: list[Callable] = []
+# Of every `patch()` that is open, what was there before, in the order of their beginnings.
+_open: list[list] = []
 
 
 @contextmanager
@@ -60,12 +58,16 @@ def patch() -> Iterator[None]:
         >>> F.cross_entropy(torch.zeros(2, 4, dtype=torch.bfloat16), torch.tensor([0, 3])).dtype
         torch.bfloat16
     """
-    with _lock:
-        _before.append(F.cross_entropy)
-        F.cross_entropy = functional_cross_entropy
+    own = [F.cross_entropy]
+    _open.append(own)
+    F.cross_entropy = functional_cross_entropy
     try:
         yield
     finally:
-        with _lock:
-            # In whatever order they end: each but the last leaves ours.
-            F.cross_entropy = _before.pop()
+        place = next(i for i, other in enumerate(_open) if other is own)
+        del _open[place]
+        if place == len(_open):
+            F.cross_entropy = own[0]
+        else:
+            # One that began later is still open, and ends with what this one found.
+            _open[place][0] = own[0]

@@ -200,15 +200,19 @@ class FusedLoss(Function):
         return dlogits, None, None, None, None
 
 
-def _row_gradients(*args) -> tuple[Tensor, Tensor | None]:
-    if torch.is_grad_enabled() and tracing.is_batched(*args[5:7]):
-        # What PyTorch maps here, a Function's result is detached from.
+def refuse_to_be_detached(*upstream: Tensor | None) -> None:
+    """Raises where a backward is mapped and recorded at once: of a Function that PyTorch maps, nothing is recorded."""
+    if torch.is_grad_enabled() and tracing.is_batched(*upstream):
         fail(
             RuntimeError,
             "create_graph=True with is_grads_batched=True (or vectorize=True)",
             "derivatives by torch.func where they are differentiated again",
             "torch.func.jacrev, or torch.func.vmap over torch.autograd.grad(…, create_graph=True)",
         )
+
+
+def _row_gradients(*args) -> tuple[Tensor, Tensor | None]:
+    refuse_to_be_detached(*args[5:7])
     return (_EagerRowGradients if tracing.is_eager(*args[:7]) else RowGradients).apply(*args)
 
 

@@ -133,9 +133,11 @@ def for_causal_lm_loss(
 
 
 def _count(num_items_in_batch: float | Tensor | None, logits: Tensor) -> float | Tensor | None:
-    if not isinstance(num_items_in_batch, Tensor) or not num_items_in_batch.numel():
+    if not (isinstance(num_items_in_batch, Tensor) and isinstance(logits, Tensor) and num_items_in_batch.numel()):
         return num_items_in_batch
-    return num_items_in_batch.flatten()[0].to(logits.device, non_blocking=True)
+    one = num_items_in_batch.flatten()[0]
+    # To the host it would have to be waited for.
+    return one if logits.is_cpu else one.to(logits.device, non_blocking=True)
 
 
 def _shifted(labels: Tensor | None, ignore_index: int) -> Tensor:
