@@ -142,6 +142,11 @@ def mistakes(rank, size):
     expect(ValueError, "some of which hold none", lambda: cross_entropy(few, labels.clamp(max=0)))
     donated = lambda: cross_entropy(whole, labels, donate_logits=True)  # noqa: E731
     expect(ValueError, "donate_logits=True with a DTensor", donated)
+    for placement in (Replicate(), Shard(0), Shard(1)):
+        written = distribute_tensor(logits, mesh, [placement]).requires_grad_() * 1
+        loss = cross_entropy(written, labels)
+        written.mul_(0.0)
+        expect(RuntimeError, "a DTensor that was written to after the loss", loss.backward)
 
 
 def expect(kind, text, call):

@@ -151,7 +151,27 @@ def local_part(
     if tuple(array.placements) != tuple(placements) or grad_placements is not None:
         # In the backward it places the gradient as the array.
         array = array.redistribute(placements=placements)
-    return array.to_local(grad_placements=grad_placements)
+    local = array.to_local(grad_placements=grad_placements)
+    if local.requires_grad and not torch.compiler.is_compiling():
+        _notice_writes(array, local)
+    return local
+
+
+def _notice_writes(array: DTensor, local: Tensor) -> None:
+    # PyTorch counts the writes to a DTensor, and not those that its part gets by them.
+    version = array._version
+
+    def check(_: Tensor) -> None:
+        if array._version != version:
+            what = "a backward through a DTensor that was written to after the loss"
+            fail(
+                RuntimeError,
+                what,
+                "what the loss has read: it is read again",
+                "the write before the loss, or a clone()",
+            )
+
+    local.register_hook(check)
 
 
 def _shards(mesh: DeviceMesh, dims: list[int], n_classes: int) -> Shards:
