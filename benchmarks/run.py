@@ -33,8 +33,6 @@ from benchmarks.timing import (
     wrong_gradient,
 )
 
-SUM = functools.partial(F.cross_entropy, reduction="sum")
-
 
 def problem(shape: Shape, dtype: torch.dtype = torch.bfloat16) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Enough copies of the logits, as results of an operation, to outgrow the caches; and labels."""
@@ -49,7 +47,7 @@ def expected(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, torch.T
     """The mean loss, and the gradient of the first rows, in fp64."""
     parts = zip(logits.detach().split(256), labels.split(256), strict=True)
     total = sum(F.cross_entropy(rows.double(), classes, reduction="sum").item() for rows, classes in parts)
-    return total / len(labels), right_rows(SUM, logits, labels) / len(labels)
+    return total / len(labels), right_rows(logits, labels) / len(labels)
 
 
 def donated_peak_bytes(logits: torch.Tensor, labels: torch.Tensor, right: tuple) -> int:
@@ -173,7 +171,7 @@ def right_step(
         weight = chosen.get("weight", torch.ones(logits.shape[-1], device=logits.device))
         divisor = torch.where(counted, weight.double()[targets.clamp(min=0)], 0.0).sum()
     total = functools.partial(torch_api.cross_entropy, reduction="sum", implementation="reference", **chosen)
-    rows = right_rows(total, logits, targets) / divisor
+    rows = right_rows(logits, targets, total) / divisor
     return rows if upstream is None else rows * upstream
 
 

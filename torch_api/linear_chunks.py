@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ce_kernels.linear import ROW_MULTIPLE, chunk_rows
+from ce_kernels.linear import chunk_rows
 from torch_api import launch
 from torch_api.arguments import check_labels
 from torch_api.reference import compute_dtype
@@ -205,11 +205,10 @@ def _classes_at_once(total: Tensor) -> int:
     cuBLAS adds to the whole of it by a slower kernel: 1.25 (128256·4096) and 1.52 (262144·2560) of the matmul alone,
     in pieces 1.17 and 1.30 (H200, CUDA 13). Pieces of a smaller sum, 151936·2048, are slower: 1.19 instead of 1.12.
     """
-    classes = len(total)
+    classes, width = total.shape
     if total.nbytes <= 2 * 10**9:
         return classes
-    even = -(-classes // -(-classes // 65536))
-    return -(-even // ROW_MULTIPLE) * ROW_MULTIPLE
+    return chunk_rows(classes, width, total.itemsize, 65536 * width * total.itemsize)
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:

@@ -66,7 +66,7 @@ def causal_lm_loss(
         z_loss=z_loss,
         softcap=softcap,
         logit_scale=logit_scale,
-        denominator=_count(num_items_in_batch, logits),
+        denominator=_count(num_items_in_batch),
         donate_logits=donate_logits,
     )
 
@@ -128,16 +128,14 @@ def for_causal_lm_loss(
         z_loss=z_loss,
         softcap=softcap,
         logit_scale=logit_scale,
-        denominator=_count(num_items_in_batch, logits),
+        denominator=_count(num_items_in_batch),
     )
 
 
-def _count(num_items_in_batch: float | Tensor | None, logits: Tensor) -> float | Tensor | None:
-    if not (isinstance(num_items_in_batch, Tensor) and isinstance(logits, Tensor) and num_items_in_batch.numel()):
-        return num_items_in_batch
-    one = num_items_in_batch.flatten()[0]
-    # To the host it would have to be waited for.
-    return one if logits.is_cpu else one.to(logits.device, non_blocking=True)
+def _count(num_items_in_batch: float | Tensor | None) -> float | Tensor | None:
+    if isinstance(num_items_in_batch, Tensor) and num_items_in_batch.numel():
+        return num_items_in_batch.flatten()[0]
+    return num_items_in_batch
 
 
 def _shifted(labels: Tensor | None, ignore_index: int) -> Tensor:
