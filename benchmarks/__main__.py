@@ -9,7 +9,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="time every contender on this machine's GPU, after checking its result")
     run.add_argument("--out", type=Path, help="a JSON file; by default in benchmarks/results, named by GPU and date")
-    commands.add_parser("report", help="write committed results into the README, docs/linear.md and the plots")
+    commands.add_parser("report", help="write committed results into the README, the pages and the plots")
     tune = commands.add_parser("tune", help="search for a faster row of ce_kernels/tuning.py")
     tune.add_argument("kernel", choices=("fused", "stats", "grad"))
     tune.add_argument("n_rows", type=int)

@@ -28,7 +28,7 @@ from benchmarks.shapes import GEMMA, LLAMA3, QWEN
 
 GIB = 2**30
 CHECKED = 64
-REPEATS = 9
+REPEATS, STEPS = 5, 3
 
 
 class Head(NamedTuple):
@@ -144,21 +144,22 @@ def bare_matmuls(arrays: Arrays) -> Callable[[], None]:
     return run
 
 
-def elapsed_ms(function: Callable[[], object]) -> float:
-    """Device time of one call by events; the device sleeps first, so that the host is ahead."""
+def elapsed_ms(step: Callable[[], object]) -> float:
+    """Device time of one step by events: the mean of STEPS after another; the device sleeps, so the host is ahead."""
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    step()
     torch.cuda._sleep(2_000_000)
     start.record()
-    function()
+    for _ in range(STEPS):
+        step()
     stop.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(stop)
+    return start.elapsed_time(stop) / STEPS
 
 
 def in_turns(function: Callable[[], float], floor: Callable[[], float]) -> dict[str, float]:
-    """Medians of both times, and of their ratio turn by turn."""
-    for warmup in (function, floor, function, floor):
-        warmup()
+    """Medians of both times, and of their ratio turn by turn. Both must take as many steps: clocks sink under load."""
+    function(), floor()
     pairs = [(function(), floor()) for _ in range(REPEATS)]
     return {
         "ms": statistics.median(ms for ms, _ in pairs),
@@ -216,7 +217,7 @@ def jax_contenders() -> dict[str, Callable]:
 
 
 def measure_jax(arrays: Arrays, loss: Callable, floor: Callable[[], float]) -> dict:
-    """As measure_torch; memory is what XLA plans for temporaries, time that of the host, which waits once in three."""
+    """As measure_torch; memory is what XLA plans for temporaries, time that of the host, which waits once in STEPS."""
     import time
 
     import jax
@@ -234,10 +235,10 @@ def measure_jax(arrays: Arrays, loss: Callable, floor: Callable[[], float]) -> d
     def call_ms() -> float:
         jax.block_until_ready(step(*inputs))
         start = time.perf_counter()
-        for _ in range(3):
+        for _ in range(STEPS):
             out = step(*inputs)
         jax.block_until_ready(out)  # pyright: ignore[reportPossiblyUnbound]
-        return (time.perf_counter() - start) / 3 * 1e3
+        return (time.perf_counter() - start) / STEPS * 1e3
 
     return result | in_turns(call_ms, floor)
 

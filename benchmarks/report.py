@@ -1,4 +1,4 @@
-"""Writes committed results into the README and docs/linear.md, between their markers, and the newest into plots.
+"""Writes committed results into the README and the pages, between their markers, and the newest into plots.
 
 A part of the results that was not measured with the rest has an environment of its own.
 """
@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 LINEAR = RESULTS / "linear" / "h200.json"
 SPARSE_GRADIENT = RESULTS / "sparse_gradient.json"
-README, LINEAR_PAGE = ROOT / "README.md", ROOT / "docs" / "linear.md"
+COUNTERS = RESULTS / "counters.json"
+README, LINEAR_PAGE, SPEED_PAGE = ROOT / "README.md", ROOT / "docs" / "linear.md", ROOT / "docs" / "speed.md"
 # A generated part of a page: its marker's name and its text.
 PART = re.compile(r"<!-- (?P<name>.*): begin -->\n(?P<text>.*?)<!-- (?P=name): end -->\n", re.DOTALL)
 
@@ -291,6 +292,36 @@ def sparse_gradient_section(results: dict) -> str:
     ])  # fmt: skip
 
 
+def longest_waits(kernel: dict) -> str:
+    """What a resident warp waits for most, as shares of its time; the profiler's names."""
+    waits = {reason: warps for reason, warps in kernel["warps"].items() if reason not in ("selected", "not_selected")}
+    total = sum(kernel["warps"].values())
+    first_two = sorted(waits, key=lambda reason: -waits[reason])[:2]
+    return ", ".join(f"`{reason}` {waits[reason] / total:.0%}" for reason in first_two)
+
+
+def counters_section(results: dict) -> str:
+    """What each kernel moves, what it keeps busy and what it waits for."""
+    lines = []
+    for kernel in results["kernels"]:
+        logits = 2 * kernel["n_rows"] * kernel["n_classes"]
+        busy = ("dram_busy", "l2_busy", "l2_hits", "exponential_unit_busy", "issue_slots_busy", "warps_resident")
+        lines.append([
+            f"{kernel['case']}, {kernel['n_rows']}×{kernel['n_classes']}",
+            kernel["kernel"].removeprefix("cross_entropy_").removesuffix("_kernel"),
+            f"{kernel['ns'] / 1e6:.3f}",
+            f"{kernel['dram_read'] / logits:.2f} + {kernel['dram_written'] / logits:.2f}",
+            *(f"{kernel[name]:.0f}%" for name in busy),
+            longest_waits(kernel),
+        ])  # fmt: skip
+    units = ["DRAM busy", "L2 busy", "L2 hits", "exponential unit", "issue slots", "warps resident"]
+    return "\n".join([
+        *rows(["case", "kernel", "ms", "DRAM read + written, × logits", *units, "longest waits"], lines),
+        "",
+        measured_on(results),
+    ])  # fmt: skip
+
+
 def measured_on(results: dict) -> str:
     """GPU, date, commit and versions in a sentence."""
     about = results["environment"]
@@ -304,6 +335,7 @@ def updated(page: Path) -> str:
         "benchmarks": (newest(), section),
         "linear": (LINEAR, linear_section),
         "sparse gradient": (SPARSE_GRADIENT, sparse_gradient_section),
+        "counters": (COUNTERS, counters_section),
     }
 
     def part(found: re.Match) -> str:
@@ -316,9 +348,9 @@ def updated(page: Path) -> str:
 
 
 def report() -> None:
-    """Rewrites the generated parts of the README and of docs/linear.md, and the plots."""
+    """Rewrites the generated parts of the README and of the pages, and the plots."""
     from benchmarks.plots import draw
 
-    for page in (README, LINEAR_PAGE):
+    for page in (README, LINEAR_PAGE, SPEED_PAGE):
         page.write_text(updated(page))
     draw(read(), ROOT / "docs" / "speed.svg")

@@ -1,6 +1,8 @@
 """The benchmarks refuse wrong results, and pages claim no figure that the committed results do not hold."""
 
 import copy
+import csv
+import io
 import json
 import os
 import re
@@ -13,14 +15,18 @@ import torch.nn.functional as F
 import triton
 
 import torch_api
-from benchmarks import compiling, plots, report, run, timing, tune
+from benchmarks import compiling, counters, plots, report, run, timing, tune
 from benchmarks.names import OURS_TORCH
 from benchmarks.timing import mistake
 from ce_kernels import Problem
 
 ROOT = Path(__file__).parent.parent
 README = report.README.read_text()
-PARTS = {report.README: ["linear", "benchmarks"], report.LINEAR_PAGE: ["sparse gradient"]}
+PARTS = {
+    report.README: ["linear", "benchmarks"],
+    report.LINEAR_PAGE: ["sparse gradient"],
+    report.SPEED_PAGE: ["counters"],
+}
 ABOUT = {"gpu": "a GPU", "driver": "1", "date": "2026-01-01", "commit": "abc", "versions": {"torch": "2.12"}}
 FIGURE = re.compile(r"\d(\.\d+)?\s?(×|%|ms\b|µs|us\b|GB|GiB|TB|times faster|x faster)")
 
@@ -58,13 +64,21 @@ def sparse_gradient_results() -> dict:
     return {"environment": ABOUT, "shape": (2048, 4096, 128256), "entropy": 2.0, "rows": found}
 
 
+def counters_results() -> dict:
+    kernel = dict.fromkeys(counters.METRICS, 50.0) | {"kernel": "cross_entropy_fused_kernel"}
+    kernel |= {"ns": 5e5, "dram_read": 2.2e7, "dram_written": 2e7, "warps": dict.fromkeys(counters.WARPS, 0.0)}
+    kernel["warps"] |= {"selected": 4.0, "barrier": 2.0, "long_scoreboard": 3.0, "wait": 1.0}
+    return {"environment": ABOUT, "kernels": [kernel | {"case": "plain", "n_rows": 1000, "n_classes": 10000}]}
+
+
 @pytest.mark.parametrize(
     ("page", "path", "results", "cells"),
     [
+        (report.SPEED_PAGE, "COUNTERS", counters_results(), "plain, 1000×10000 | fused | 0.500 | 1.10 + 1.00 | 50% |"),
         (report.README, "LINEAR", linear_results(), "8192 · 4096 · 128256 | 1.05, 0.31 GiB | – |"),
         (report.LINEAR_PAGE, "SPARSE_GRADIENT", sparse_gradient_results(), "| 100%, 1.00, 2e-03 | 25%, 0.75, 1e-01 |"),
     ],
-    ids=["linear", "sparse gradient"],
+    ids=["counters", "linear", "sparse gradient"],
 )
 def test_a_page_without_its_newest_results_is_found(page, path, results, cells, tmp_path, monkeypatch):
     file = tmp_path / "results.json"
@@ -76,6 +90,28 @@ def test_a_page_without_its_newest_results_is_found(page, path, results, cells, 
     assert outside_of_results(report.updated(page)) == outside_of_results(empty)
     file.write_text(json.dumps(results | {"environment": ABOUT | {"commit": "def"}}))
     assert "commit def" in report.updated(page)
+
+
+def test_the_longest_waits_are_named():
+    assert "| `long_scoreboard` 30%, `barrier` 20% |" in report.counters_section(counters_results())
+
+
+def test_counters_are_read_of_every_case():
+    names = ["ID", "Kernel Name", *(counters.METRICS | counters.WARPS).values()]
+    launches = [name for name in counters.cases() for _ in range(2 if name == "`none`" else 1)]
+    lines = [["", "", *["byte"] * (len(names) - 2)]]
+    for i, name in enumerate(launches):
+        lines.append([str(i), "cross_entropy_fused_kernel", *[f"{i},000.5"] * (len(names) - 2)])
+        lines.append(["", f"another_kernel of {name}", *["0"] * (len(names) - 2)])
+    text = io.StringIO()
+    text.write("==PROF== Connected\n")
+    csv.writer(text, quoting=csv.QUOTE_ALL).writerows([names, *lines])
+    found = counters.of_cases(counters.parsed(text.getvalue()))
+    assert [kernel["case"] for kernel in found] == launches
+    assert [kernel["ns"] for kernel in found] == [1000 * i + 0.5 for i in range(len(launches))]
+    assert found[3]["warps"] == dict.fromkeys(counters.STALLS, 3000.5)
+    with pytest.raises(ValueError, match="zip"):
+        counters.of_cases(found[1:])
 
 
 def test_a_head_that_was_measured_apart_says_so():
