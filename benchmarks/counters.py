@@ -83,17 +83,15 @@ def cases() -> dict[str, tuple[int, int, Callable]]:
 
 def launch() -> None:
     """Every case once for its compilation, and once between the profiler's marks."""
-    profiler = torch.cuda.cudart()
     for n_rows, n_classes, step in cases().values():
         torch.manual_seed(0)
         logits = (torch.randn(n_rows, n_classes, device="cuda") * 3).bfloat16().requires_grad_() * 1
         labels = torch.randint(0, n_classes, (n_rows,), device="cuda")
         step(logits, labels)
         torch.cuda.synchronize()
-        profiler.cudaProfilerStart()
-        step(logits, labels)
-        torch.cuda.synchronize()
-        profiler.cudaProfilerStop()
+        with torch.cuda.profiler.profile():
+            step(logits, labels)
+            torch.cuda.synchronize()
 
 
 def parsed(text: str) -> list[dict]:

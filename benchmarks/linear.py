@@ -28,7 +28,7 @@ from benchmarks.shapes import GEMMA, LLAMA3, QWEN
 
 GIB = 2**30
 CHECKED = 64
-REPEATS, STEPS = 5, 3
+REPEATS, STEPS = 3, 3
 
 
 class Head(NamedTuple):
@@ -159,7 +159,8 @@ def elapsed_ms(step: Callable[[], object]) -> float:
 
 def in_turns(function: Callable[[], float], floor: Callable[[], float]) -> dict[str, float]:
     """Medians of both times, and of their ratio turn by turn. Both must take as many steps: clocks sink under load."""
-    function(), floor()
+    function()
+    floor()
     pairs = [(function(), floor()) for _ in range(REPEATS)]
     return {
         "ms": statistics.median(ms for ms, _ in pairs),

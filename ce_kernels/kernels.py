@@ -16,7 +16,7 @@ This module imports triton, so nothing but a launch may import it.
 import triton
 import triton.language as tl
 
-from ce_kernels.elements import aligned, mask_of, overlap, row_offset, row_target, scalar, uniform_mass
+from ce_kernels.elements import aligned, leave_cluster, mask_of, overlap, row_offset, row_target, scalar, uniform_mass
 from ce_kernels.passes import (
     first_of_best,
     merge_groups,
@@ -99,6 +99,7 @@ def cross_entropy_stats_kernel(
             tl.store(predicted_ptr + row, first_of_best(best, best_col, N_CLASSES))
     else:
         store_ignored_row(row, loss_ptr, lse_ptr, target_sum_ptr)
+    leave_cluster(CLUSTER)
 
 
 @triton.jit(do_not_specialize=["ignore_index", "rows_inner"])
@@ -295,6 +296,7 @@ def cross_entropy_fused_kernel(
         zeros = tl.zeros([BLOCK], dlogits_row_ptr.dtype.element_ty)
         for step in tl.range(0, END, BLOCK):
             store_block(dlogits_row_ptr, zeros, step, shift, True, N_CLASSES, WIDE_STORES, BLOCK, GROUP, SHIFTED)
+    leave_cluster(CLUSTER)
 
 
 @triton.jit(do_not_specialize=["n"])

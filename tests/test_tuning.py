@@ -24,7 +24,7 @@ def chosen(n_classes, in_place=False, **facts):
         (ODD, {}, "FUSED_SHIFTED"),
         (ODD, {"label_smoothing": True}, "FUSED_SHIFTED_SMOOTHED"),
         (LONG, {"clusters": True}, "FUSED_CLUSTERS"),
-        (LONG, {"clusters": True, "label_smoothing": True}, "FUSED_CLUSTERS"),
+        (LONG, {"clusters": True, "label_smoothing": True}, "FUSED_CLUSTERS_SMOOTHED"),
         (LONG, {"clusters": True, "in_place": True}, "FUSED_CLUSTERS_IN_PLACE"),
         (LONG, {"clusters": True, "in_place": True, "label_smoothing": True}, "FUSED_CLUSTERS_SMOOTHED_IN_PLACE"),
         (LONG, {"clusters": True, "soft_targets": True}, "FUSED_CLUSTERS_SOFT"),

@@ -44,6 +44,8 @@ def compile_launch(launch, problem, options, weighted, loss_types, target):
     assert not launch.options.get("launch_pdl") or constants["OVERLAPPED"]
     if target.backend == "cuda":
         assert waits_before_it_reads(compiled.asm["ptx"]) == bool(constants.get("OVERLAPPED"))
+        if launch.config.num_ctas > 1:
+            check_end_of_cluster(compiled.asm["ptx"])
     if {"logits_outer_stride", "logits_class_stride"} & set(levels) and target.backend == "cuda":
         assert re.search(r"ld\.global[^\n]*\.v4\.b32", compiled.asm["ptx"]), "narrow loads"
 
@@ -52,6 +54,15 @@ def waits_before_it_reads(ptx):
     """Whether a kernel waits for the launch before it, and until then touches no memory."""
     first = re.search(r"griddepcontrol\.wait|(ld|st|atom|red|cp)\.[a-z.]*(global|async)", ptx)
     return first.group() == "griddepcontrol.wait"
+
+
+def check_end_of_cluster(ptx):
+    """A program of many multiprocessors waits for all to have read, and then skips nothing but Triton's own end."""
+    events = re.findall(r"ld\.shared::cluster|barrier\.cluster\.\w+(?:\.relaxed)?|st\.global|exit;", ptx)
+    leave = events.index("exit;")
+    assert events[leave - 2 : leave] == ["barrier.cluster.arrive.relaxed", "barrier.cluster.wait"]
+    assert "ld.shared::cluster" in events[:leave]
+    assert set(events[leave + 1 :]) <= {"barrier.cluster.arrive", "barrier.cluster.wait"}
 
 
 def compile_alone(name, types, constants, target):
