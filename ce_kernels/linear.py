@@ -72,11 +72,14 @@ def check_linear(hidden: Facts, weight: Facts, bias: Facts | None, class_axis: i
     if n_classes == 0:
         fail(ValueError, str(weight), "at least one class", f"{weight.name} {layout} with V longer than 0")
     if not hidden.shape or hidden.shape[-1] != width:
+        # A weight that lies the other way is the likelier mistake where that would fit.
+        swapped = bool(hidden.shape) and hidden.shape[-1] == n_classes
+        turned = f"{weight.name} transposed (in JAX: class_axis={1 - class_axis})"
         fail(
             ValueError,
             f"{hidden} with {weight}",
             f"{hidden.name} [..., D] and {weight.name} {layout} with the same D",
-            f"{hidden.name} whose last axis has {width} entries",
+            turned if swapped else f"{hidden.name} whose last axis has {width} entries",
         )
     if bias is not None and bias.shape != (n_classes,):
         fail(ValueError, str(bias), f"one bias a class: shape [{n_classes}]", f"{bias.name} of that shape, or None")

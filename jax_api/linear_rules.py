@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from ce_kernels.spec import fail
@@ -22,6 +22,7 @@ from jax_api.linear_chunks import Gradients, Head, LinearStatic, Wanted, logits_
 from jax_api.losses import cross_entropy_rows
 from jax_api.reference import Upstream, is_soft
 from jax_api.rules import whole_cotangent
+from jax_api.slices import tracks_varying
 from jax_api.static import Stats
 
 
@@ -128,7 +129,8 @@ def _linear_loss_fwd(static, head, denominator):
 def _linear_loss_bwd(static, residuals, g):
     saved, flags, head, lse, target_sum, denominator, loss = residuals
     wanted = _as_wanted(flags)
-    g = whole_cotangent(static.rows, _materialised(g, loss))
+    own = _materialised(g, loss)
+    g = whole_cotangent(static.rows, own)
     kept = (wanted.hidden, wanted.weight, wanted.bias)
     scaled = [
         (x.astype(jnp.promote_types(x.dtype, g.dtype)) * g).astype(x.dtype) if keep else None
@@ -140,7 +142,8 @@ def _linear_loss_bwd(static, residuals, g):
         upstream = Upstream(lse, target_sum, jnp.broadcast_to(g / denominator, lse.shape), None)
         only_target = Wanted(hidden=False, weight=False, bias=False, target=True)
         dtarget = row_gradients(static, only_target, head, upstream).target
-    return _cotangents(Gradients(*scaled, target=dtarget)), -g * loss / denominator
+    # By the divisor, which devices have in common, each has its share.
+    return _cotangents(Gradients(*scaled, target=dtarget)), -own * loss / denominator
 
 
 linear_loss.defvjp(_linear_loss_fwd, _linear_loss_bwd, symbolic_zeros=True)
@@ -200,7 +203,10 @@ def _whole_gradients(static: LinearStatic, wanted: Wanted, head: Head, dloss: Ar
             **asdict(static.rows.options),
         )
         loss = (out.loss * dloss).sum()
-        return loss if dlse is None else loss + (out.lse * dlse).sum()
+        loss = loss if dlse is None else loss + (out.lse * dlse).sum()
+        # Every device has the whole, and brings its share: `whole_cotangent` will sum.
+        names = static.rows.axis_name
+        return loss / lax.axis_size(names) if names and not tracks_varying(names) else loss
 
     found = iter(jax.grad(total)([x for want, x in zip(flags, head[:4], strict=True) if want]))
     return Gradients(*(next(found) if want else None for want in flags))

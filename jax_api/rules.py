@@ -10,6 +10,7 @@ Second derivatives go through the plain operations of `jax_api.reference`, diffe
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -68,8 +69,8 @@ def _row_gradients_bwd(static, residuals, cotangents):
         labels = soft_target if soft else target
         part = part_of(logits, names)
         logits, labels = reference.without_dead_rows(static, logits, labels, weight, (dloss, dlse), part)
-        # Ignored rows have an lse only where one was asked for.
-        out = reference.stats(static, logits, labels, weight, part, names)
+        # With argmax for the lse of ignored rows: 0 · exp(x − lse), their gradient, has to be finite there.
+        out = reference.stats(replace(static, with_argmax=True), logits, labels, weight, part, names)
         upstream = Upstream(out.lse, out.target_sum, dloss, dlse)
         return reference.grad(static.options, logits, labels, weight, upstream, part, skip_zero=False)
 

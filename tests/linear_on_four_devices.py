@@ -52,6 +52,9 @@ def main() -> None:
                 grad = jax.jit(jax.value_and_grad(lambda *x, run=run: run(*x, labels, class_weight), (0, 1, 2)))
                 check(name, grad(*arrays))
     print("rows: right\nvocabulary: right")
+    for check_vma in (True, False):
+        second_derivatives(mesh, check_vma)
+    print("second derivatives: right")
 
     def inside(*arrays):
         return jax.value_and_grad(lambda *x: head(*x, *arrays[3:], names="model"), (0, 1, 2))(*arrays[:3])
@@ -75,6 +78,40 @@ def main() -> None:
         for in_context in (False, True):
             sharded_by_types(kind, in_context)
         print(f"{kind.name}: right")
+
+
+def second_derivatives(mesh: jax.sharding.Mesh, check_vma: bool) -> None:
+    """Gradients and gradients of gradients by everything, the divisor too, where the classes are sharded."""
+    rng = np.random.default_rng(2)
+    arrays = [jnp.asarray(rng.normal(size=shape)) for shape in ((6, 4), (4, 10), 10)]
+    labels, factors = jnp.asarray(rng.integers(0, 10, 6)).at[3].set(-100), jnp.asarray(rng.normal(size=6))
+
+    def mean(hidden, kernel, bias, by, names=None):
+        return linear_cross_entropy(hidden, kernel, labels, bias, denominator=by, axis_name=names, **OPTIONS)
+
+    def none(hidden, kernel, bias, by, names=None):
+        rows = linear_cross_entropy(hidden, kernel, labels, bias, reduction="none", axis_name=names, **OPTIONS)
+        return (rows * factors).sum() / by
+
+    def rows(hidden, kernel, bias, by, names=None):
+        rows = linear_cross_entropy_rows(hidden, kernel, labels, bias, axis_name=names)
+        return ((rows.loss * factors).sum() + (rows.lse**2).sum()) / by
+
+    def squares(gradient):
+        return lambda *x: sum((g**2).sum() for g in jax.tree.leaves(gradient(*x)))
+
+    everything = (0, 1, 2, 3)
+    for loss in (mean, none, rows):
+
+        def own(*arrays, loss=loss):
+            return loss(*arrays, names="model")
+
+        specs = (P(), P(None, "model"), P("model"), P())
+        sharded = jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=check_vma)
+        found, expected = (jax.grad(f, everything) for f in (sharded, loss))
+        close(jax.jit(found)(*arrays, 7.0), expected(*arrays, 7.0), loss.__name__)
+        second, right = (jax.grad(squares(f), everything) for f in (found, expected))
+        close(jax.jit(second)(*arrays, 7.0), right(*arrays, 7.0), f"{loss.__name__}, twice")
 
 
 B, T, D, V = 8, 6, 14, 12

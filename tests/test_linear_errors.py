@@ -18,6 +18,12 @@ TORCH = {
         "got hidden float64[7, 4] with weight float64[12, 5]; required: hidden [..., D] and weight [V, D] with the "
         "same D; write hidden whose last axis has 5 entries",
     ),
+    "weight the other way": (
+        lambda h, w, y: torch_api.linear_cross_entropy(h, w.T, y),
+        ValueError,
+        "got hidden float64[7, 5] with weight float64[5, 12]; required: hidden [..., D] and weight [V, D] with the "
+        "same D; write weight transposed (in JAX: class_axis=1)",
+    ),
     "weight that is no matrix": (
         lambda h, w, y: torch_api.linear_cross_entropy(h, w[0], y),
         ValueError,
@@ -80,7 +86,7 @@ JAX = {
         lambda h, k, y: jax_api.linear_cross_entropy(h, k, y, class_axis=0),
         ValueError,
         "got hidden float64[7, 5] with weight float64[5, 12]; required: hidden [..., D] and weight [V, D] with the "
-        "same D; write hidden whose last axis has 12 entries",
+        "same D; write weight transposed (in JAX: class_axis=1)",
     ),
     "no such layout": (
         lambda h, k, y: jax_api.linear_cross_entropy(h, k, y, class_axis=-1),

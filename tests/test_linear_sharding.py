@@ -13,7 +13,7 @@ from tests import processes, sharded_linear
 
 ROOT = Path(__file__).parent.parent
 
-SHARDED = ["rows", "vocabulary", "gradient inside", "mean and rows", "Auto", "Explicit"]
+SHARDED = ["rows", "vocabulary", "second derivatives", "gradient inside", "mean and rows", "Auto", "Explicit"]
 
 
 @pytest.fixture(scope="module")

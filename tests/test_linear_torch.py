@@ -198,7 +198,7 @@ def test_compile_makes_one_graph(reduction):
             compiled(hidden, weight, bias, labels.clamp(min=12))
 
 
-@pytest.mark.parametrize("name", ["stats", "fused", "grad"])
+@pytest.mark.parametrize("name", ["stats", "fused", "grad", "loss"])
 def test_operators_pass_pytorch_s_own_checks(name):
     hidden, weight, labels, bias = problem(dtype=torch.float32)
     static = (-100, 0.1, 1e-3, None, 1.0, "reference", None, None, 100, "float32", torch.float32, None)
@@ -206,6 +206,7 @@ def test_operators_pass_pytorch_s_own_checks(name):
     arguments = {
         "stats": (*static, True),
         "fused": (one, *static, [True, True, False]),
+        "loss": (one, *static, [True, True, False]),
         "grad": (row, row, row, None, *static, [True, False, True, False]),
     }[name]
     with torch.no_grad():
@@ -276,8 +277,9 @@ def test_meta_tensors():
     assert loss.device.type == "meta"
 
 
+@pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_what_is_exported_can_be_trained(reduction):
+def test_what_is_exported_can_be_trained(reduction, strict):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -290,11 +292,13 @@ def test_what_is_exported_can_be_trained(reduction):
             return rows.sum()
 
     model, (hidden, _, labels, _) = Model(), problem()
-    exported = torch.export.export(model, (hidden.detach(), labels)).module()
-    leaves = [hidden, *model.parameters()]
-    expected = torch.autograd.grad(model(hidden, labels), leaves)
-    found = torch.autograd.grad(exported(hidden, labels), [hidden, *exported.parameters()])
-    torch.testing.assert_close(found, expected)
+    exported = torch.export.export(model, (hidden.detach(), labels), strict=strict).module()
+    # The head alone, as it was when the program was made, and what comes before it too.
+    for before in ([], [hidden]):
+        hidden.requires_grad_(bool(before))
+        expected = torch.autograd.grad(model(hidden, labels), [*before, *model.parameters()])
+        found = torch.autograd.grad(exported(hidden, labels), [*before, *exported.parameters()])
+        torch.testing.assert_close(found, expected)
     with pytest.raises(RuntimeError, match="got create_graph=True in an exported or compiled graph"):
         torch.autograd.grad(exported(hidden, labels), hidden, create_graph=True)
 
@@ -320,6 +324,65 @@ def test_writing_to_what_a_compiled_backward_reads_is_noticed(backend):
     torch._dynamo.reset()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.compile(step, backend=backend)(hidden).backward()
+
+
+COMPILED_TRANSFORMS = {
+    "second derivative": lambda f, h, w: torch.func.grad(lambda h: torch.func.grad(f)(h, w).square().sum())(h),
+    "jacrev of grad": lambda f, h, w: torch.func.jacrev(torch.func.grad(f))(h, w),
+    "vmap of grad": lambda f, h, w: torch.func.vmap(torch.func.grad(f, (0, 1)), (0, None))(torch.stack((h, 2 * h)), w),
+    "heads": lambda f, h, w: torch.func.vmap(f, (None, 0))(h, torch.stack((w, 2 * w))),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED_TRANSFORMS)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_torch_func_inside_compile(backend, name):
+    hidden, weight, labels, bias = (x.detach() for x in problem())
+
+    def run(hidden, weight):
+        loss = lambda h, w: linear_cross_entropy(h, w, labels, bias, max_logits_bytes=300)  # noqa: E731
+        return COMPILED_TRANSFORMS[name](loss, hidden, weight)
+
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(run, backend=backend, fullgraph=True)(hidden, weight), run(hidden, weight))
+
+
+def test_a_penalty_of_the_gradient_inside_compile():
+    hidden, weight, labels, _ = problem()
+
+    def step(hidden, weight):
+        loss = lambda h: linear_cross_entropy(h, weight, labels)  # noqa: E731
+        return loss(hidden) + torch.func.grad(loss)(hidden).square().sum()
+
+    torch._dynamo.reset()
+    found, expected = (
+        torch.autograd.grad(function(hidden, weight), (hidden, weight))
+        for function in (torch.compile(step, backend="aot_eager", fullgraph=True), step)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_derivatives_of_compiled_gradients_raise(reduction):
+    hidden, weight, labels, _ = problem()
+    torch._dynamo.reset()
+    compiled = torch.compile(linear_cross_entropy, backend="eager", fullgraph=True)
+    loss = compiled(hidden, weight, labels, reduction=reduction).sum()
+    with pytest.raises(RuntimeError, match="got create_graph=True in an exported or compiled graph"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+    again = [torch.autograd.grad(loss, (hidden, weight), retain_graph=keep) for keep in (True, False)]
+    torch.testing.assert_close(again[0], again[1], rtol=0, atol=0)
+
+
+def test_vmap_over_nothing():
+    hidden, weight, labels, _ = (x.detach() for x in problem())
+
+    def loss(hidden, labels):
+        return linear_cross_entropy(hidden, weight, labels)
+
+    nothing = hidden[None][:0], labels[None][:0]
+    assert torch.func.vmap(loss)(*nothing).shape == (0,)
+    assert torch.func.vmap(torch.func.grad(loss))(*nothing).shape == (0, *hidden.shape)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -175,6 +175,43 @@ def test_a_symbolic_denominator():
         torch.testing.assert_close(traced(x, y), total / (n_rows / 2))
 
 
+class Selected(torch.nn.Module):
+    """Rows that are known only when the program runs, each selection with a size of its own."""
+
+    def forward(self, logits, labels):
+        return cross_entropy(logits[labels != -100], labels[labels != -100], **OPTIONS)
+
+
+class Counted(torch.nn.Module):
+    def forward(self, logits, labels):
+        n = (labels != -100).sum().item()
+        return cross_entropy(logits[:n], labels[:n].clamp(min=0), **OPTIONS)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("module", [Selected(), Counted()], ids=lambda module: type(module).__name__)
+def test_sizes_known_only_when_the_program_runs(module, strict):
+    logits, labels = (x.detach() for x in problem())
+    program = torch.export.export(module, (logits, labels), strict=strict).module()
+    fewer = labels.clone()
+    fewer[:3] = -100
+    for some in (labels, fewer):
+        torch.testing.assert_close(program(logits, some), module(logits, some))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(logits, labels), module(logits, labels))
+
+
+def test_one_row_with_class_weights():
+    logits, labels = problem()
+    weight = torch.rand(logits.shape[1], dtype=logits.dtype, device=logits.device)
+    compiled = torch.compile(cross_entropy, fullgraph=True, backend="aot_eager")
+    row, label = logits[0].detach().requires_grad_(), labels[0].clamp(min=0)
+    found = both(lambda x: compiled(x, label, weight), row)
+    torch.testing.assert_close(found, both(lambda x: F.cross_entropy(x, label, weight), row))
+
+
 def test_patch_inside_a_compiled_program():
     logits, labels = problem()
 

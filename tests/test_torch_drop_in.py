@@ -133,6 +133,49 @@ def test_negated_views():
         torch.testing.assert_close(ours, F.cross_entropy(logits, labels))
 
 
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("n_rows", [1, 4])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_lazy_signs_and_zeros_of_what_comes_in(implementation, n_rows, reduction):
+    """Gradients through complex numbers, and divisors, may be negated views; forward mode brings lazy zeros."""
+    logits, labels = torch.randn(n_rows, 5, requires_grad=True), torch.tensor([0, 4, 1, 2])[:n_rows]
+
+    def gradient(loss, **options):
+        losses = loss(logits, labels, reduction=reduction, **options)
+        z = torch.complex(torch.zeros_like(losses), losses).conj()
+        return torch.autograd.grad(torch.view_as_real(z.resolve_conj())[..., 1].sum(), logits)[0]
+
+    torch.testing.assert_close(gradient(cross_entropy, implementation=implementation), gradient(F.cross_entropy))
+    negated = torch.view_as_complex(torch.tensor([1.0, -3.0])).conj().imag
+    assert negated.is_neg()
+    divided = cross_entropy(logits, labels, denominator=negated, implementation=implementation)
+    torch.testing.assert_close(divided, F.cross_entropy(logits, labels, reduction="sum") / 3.0)
+    loss = cross_entropy(logits, labels, reduction=reduction, implementation=implementation)
+    assert not torch.autograd.grad(loss, logits, torch._efficientzerotensor(loss.shape))[0].any()
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_derivatives_beside_ignored_rows_of_any_size(implementation, reduction):
+    logits = torch.tensor([[1000.0, 0.0, 0.0], [1.0, 2.0, 3.0]], requires_grad=True)
+    labels = torch.tensor([-100, 1])
+
+    def second(loss, **options):
+        value = loss(logits, labels, reduction=reduction, **options).sum()
+        (gradient,) = torch.autograd.grad(value, logits, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), logits)[0]
+
+    torch.testing.assert_close(second(cross_entropy, implementation=implementation), second(F.cross_entropy))
+
+
+def test_labels_of_a_subclass_are_checked():
+    class Mask(torch.Tensor):
+        pass
+
+    with pytest.raises(IndexError, match="got label 7"):
+        cross_entropy(torch.randn(2, 5), torch.tensor([0, 7]).as_subclass(Mask))
+
+
 def test_modes_that_watch_or_replace():
     logits, labels = torch.randn(4, 5, requires_grad=True), torch.tensor([0, 4, -100, 2])
     expected = torch.autograd.grad(F.cross_entropy(logits, labels), logits)

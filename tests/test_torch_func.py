@@ -254,3 +254,35 @@ def test_batched_gradients_that_cannot_be_right_say_what_to_write(batch, impleme
     loss = ours(implementation, reduction)(x, y, w)
     with pytest.raises(RuntimeError, match=r"by class weights.*torch.func.jacrev by the weights"):
         torch.autograd.grad(loss, w, units, is_grads_batched=True)
+
+
+@each_reduction
+def test_tangents_of_a_backward_whose_forward_had_none(batch, reduction):
+    x, labels, _, _ = (array[1] for array in batch)
+    x = x.requires_grad_()
+
+    def second(loss):
+        value = loss(x, labels, reduction=reduction)
+        with forward_ad.dual_level():
+            upstream = forward_ad.make_dual(torch.ones_like(value), torch.full_like(value, 2.0))
+            return tuple(forward_ad.unpack_dual(torch.autograd.grad(value, x, upstream)[0]))
+
+    torch.testing.assert_close(second(cross_entropy), second(torch.nn.functional.cross_entropy))
+
+
+@each_implementation
+def test_one_row_with_class_weights(batch, implementation):
+    """Logits (C) and a 0-d label, as per-sample gradients have them."""
+    x, labels, _, weight = (array[0] for array in batch)
+
+    def loss(x, label):
+        return cross_entropy(x, label, weight, implementation=implementation)
+
+    def plainly(x, label):
+        return torch.nn.functional.cross_entropy(x, label, weight)
+
+    close(vmap(grad(loss))(x, labels), vmap(grad(plainly))(x, labels))
+    value, tangent = linearize(lambda x: loss(x, labels[0]), x[0])
+    close((value, tangent(x[1])), jvp(lambda x: plainly(x, labels[0]), (x[0],), (x[1],)))
+    meta = (x[0].to("meta").requires_grad_(), labels[0].to("meta"), weight.to("meta"))
+    assert cross_entropy(*meta, label_smoothing=0.1).device.type == "meta"

@@ -60,13 +60,19 @@ def test_views(view, reduction, dtype):
 
 
 @each_reduction
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
 @pytest.mark.parametrize("view", ["time_major", "all_but_last", "every_other", "transposed_classes", "strided_classes"])
-def test_gradients_have_the_layout_of_their_logits(view, reduction):
+def test_gradients_have_the_layout_of_their_logits(view, implementation, reduction):
     logits = VIEWS[view][0](torch.randn(3, 4, 40, device=DEVICE)).detach().requires_grad_()
     labels = torch.zeros(logits.shape[:-1], dtype=torch.long, device=DEVICE)
-    loss = cross_entropy(logits, labels, dim=-1, reduction=reduction, implementation="triton")
+    loss = cross_entropy(logits, labels, dim=-1, reduction=reduction, implementation=implementation)
     (gradient,) = torch.autograd.grad(loss.sum(), logits)
     assert gradient.stride() == torch.empty_like(logits).stride()
+    if implementation == "reference":
+        soft = torch.softmax(logits.detach(), -1).requires_grad_()
+        loss = cross_entropy(logits, soft, dim=-1, reduction=reduction, implementation=implementation)
+        (gradient,) = torch.autograd.grad(loss.sum(), soft)
+        assert gradient.stride() == torch.empty_like(soft).stride()
 
 
 @each_reduction

@@ -141,6 +141,8 @@ def test_patch_replaces_and_restores():
             rows = F.cross_entropy(logits, labels, None, None, -100, False)
         torch.testing.assert_close(rows, theirs(logits, labels, reduction="none"))
         with pytest.warns(UserWarning, match="write reduction"):
+            assert F.cross_entropy(logits, labels, reduce=0).shape == (4,)
+        with pytest.warns(UserWarning, match="write reduction"):
             total = F.cross_entropy(logits, labels, None, False)
         torch.testing.assert_close(total, theirs(logits, labels, reduction="sum"))
     assert F.cross_entropy is theirs
@@ -158,7 +160,7 @@ def test_the_count_is_one_however_often_it_is_repeated(count):
     torch.testing.assert_close(for_causal_lm_loss(logits, labels, 8, count), expected)
 
 
-def test_patches_that_overlap_restore_at_the_last_ones_end(monkeypatch):
+def test_patches_that_overlap_restore_at_the_last_ones_end():
     theirs, first, second = F.cross_entropy, patch(), patch()
     first.__enter__()
     second.__enter__()
@@ -167,11 +169,28 @@ def test_patches_that_overlap_restore_at_the_last_ones_end(monkeypatch):
     second.__exit__(None, None, None)
     assert F.cross_entropy is theirs
     with patch():
-        monkeypatch.setattr(F, "cross_entropy", another := lambda *_: None)
+        F.cross_entropy = another = lambda *_: None  # not by monkeypatch, which would bring ours back after the test
         with patch():
             assert F.cross_entropy is functional_cross_entropy
         assert F.cross_entropy is another
     assert F.cross_entropy is theirs
+
+
+def test_who_overrides_pytorchs_function_is_asked_under_patch():
+    theirs = F.cross_entropy
+
+    class Overriding(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            return "mine" if func is theirs else super().__torch_function__(func, types, args, kwargs or {})
+
+    class Tagged(torch.Tensor):
+        pass
+
+    logits, labels = torch.randn(2, 5).bfloat16(), torch.tensor([0, 4])
+    with patch():
+        assert F.cross_entropy(logits.as_subclass(Overriding), labels) == "mine"
+        assert F.cross_entropy(logits.as_subclass(Tagged), labels).dtype == torch.float32
 
 
 @pytest.mark.parametrize("outputs", [(torch.zeros(1, 2, 3),), None, {"logits": None}])

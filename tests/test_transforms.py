@@ -148,6 +148,22 @@ def test_hessian_vector_product_beside_rows_left_out(batch, implementation):
 
 
 @each_implementation
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_derivatives_beside_ignored_rows_of_any_size(implementation, reduction):
+    x, y = jnp.array([[1000.0, 0.0, 0.0], [1.0, 2.0, 3.0]]), jnp.array([-100, 1])
+
+    def second(x, y):
+        def loss(x):
+            return cross_entropy(x, y, reduction=reduction, implementation=implementation).sum()
+
+        return jax.grad(lambda x: (jax.grad(loss)(x) ** 2).sum())(x)
+
+    found = second(x, y)
+    assert not found[0].any()
+    close(found[1:], second(x[1:], y[1:]))
+
+
+@each_implementation
 def test_second_derivatives_where_the_upstream_gradient_is_zero(batch, implementation):
     """The gradient is linear in its upstream: learning to reweight starts at 0 and needs that derivative."""
     x, y, soft, w = (array[0] for array in batch)

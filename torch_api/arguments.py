@@ -71,7 +71,7 @@ def checked(
         # Narrow and unsigned integers cannot hold a negative ignore_index.
         target = target.to(torch.int64)
     inputs = Inputs(_classes_last(input, axis), target, weight if weight is None else weight.resolve_neg().contiguous())
-    if not soft and slices and target.is_cpu and tracing.is_eager(input, target):
+    if not soft and slices and target.is_cpu and tracing.has_values(input, target):
         check_labels(target, slices * input.shape[axis], spec.options)
     return inputs, spec
 
@@ -87,6 +87,8 @@ def _check(logits, target, weight, *choices) -> Call:
     facts = _facts("input", *logits), _facts("target", *target)
     rank = len(facts[0].shape)
     axis = check_logits(facts[0], min(1, rank - 1) if dim is None else dim)
+    if tracing.has_symbols(logits[0]):
+        _state_equal_sizes(logits[0], target[0], axis)
     soft = check_target(*facts, axis, options)
     if weight is not None:
         check_weight(_facts("weight", *weight), facts[0].shape[axis])
@@ -98,6 +100,17 @@ def _check(logits, target, weight, *choices) -> Call:
         # What narrower labels become.
         options = options.for_labels("int32" if facts[1].dtype == "int32" else "int64")
     return Call(axis, soft, RowSpec(options, choose_implementation(implementation, logits[2])))
+
+
+def _state_equal_sizes(logits: torch.Size, target: torch.Size, axis: int) -> None:
+    """Tells a tracer that sizes only known when the program runs are equal, and has the program check it."""
+    # Here, for it takes half a second.
+    from torch.fx.experimental.symbolic_shapes import guard_or_true
+
+    rows = logits if len(target) == len(logits) else [size for i, size in enumerate(logits) if i != axis]
+    for size, other in zip(rows, target, strict=False):
+        if guard_or_true(size == other):
+            torch._check(size == other)
 
 
 # By type too: True is no number, though it equals 1.
@@ -137,7 +150,7 @@ def checked_denominator(denominator: float | Tensor, dtype: torch.dtype, device:
         if denominator.device.type not in ("cpu", device.type):
             passed = f"denominator on {denominator.device} with input on {device}"
             fail(ValueError, passed, "one device", "denominator.to(input.device)")
-        return denominator.reshape(()).to(device=device, dtype=dtype, non_blocking=True)
+        return denominator.reshape(()).to(device=device, dtype=dtype, non_blocking=True).resolve_neg()
     if isinstance(denominator, torch.SymInt | torch.SymFloat):
         return denominator  # a tracer's number
     if not is_number(denominator):

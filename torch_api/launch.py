@@ -109,7 +109,8 @@ def scale_(values: Tensor, scale: Tensor, implementation: str) -> None:
         # A few programs a multiprocessor: enough to fill a device, few enough to cost nothing with nothing to do.
         block, programs = 16384, 1056
         programs = min(programs, -(-values.numel() // block))
-        run_alone("scale_kernel", programs, (values, scale, values.numel()), (block,), num_warps=16)
+        arguments = (values, layout.as_stored(scale), values.numel())
+        run_alone("scale_kernel", programs, arguments, (block,), num_warps=16)
 
 
 def _plain_stats(inputs: Inputs, spec: RowSpec, *, with_argmax: bool) -> Stats:
@@ -127,10 +128,19 @@ def _plain_grad(
 ) -> tuple[Tensor, Tensor | None]:
     rows = Upstream(*(None if x is None else x.reshape(-1) for x in upstream))  # pyright: ignore[reportArgumentType]
     dlogits, dtarget = reference.grad(flat(inputs), rows, spec, with_dtarget)
-    dlogits = dlogits.reshape(inputs.logits.shape)
+    dtarget = None if dtarget is None else _laid_out(dtarget, inputs.target)
     if donate:
-        dlogits = inputs.logits.detach().copy_(dlogits)
-    return dlogits, None if dtarget is None else dtarget.reshape(inputs.target.shape)
+        return inputs.logits.detach().copy_(dlogits.reshape(inputs.logits.shape)), dtarget
+    return _laid_out(dlogits, inputs.logits), dtarget
+
+
+def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
+    """A gradient by rows in the shape and the layout of what it is the gradient of."""
+    gradient = gradient.reshape(like.shape)
+    if like.is_contiguous():
+        return gradient
+    out = torch.empty_like(like)
+    return gradient if gradient.stride() == out.stride() else out.copy_(gradient)
 
 
 def _plain_fused(inputs: Inputs, denominator: Tensor, spec: RowSpec, *, donate: bool) -> tuple[Stats, Tensor]:

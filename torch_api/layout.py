@@ -96,10 +96,16 @@ def overlaps(array: Tensor) -> bool:
     return False
 
 
+def as_stored(values: Tensor) -> Tensor:
+    """Values as a kernel reads them: with PyTorch's lazy signs (of conjugates) and lazy zeros in memory."""
+    return values.clone() if values._is_zerotensor() else values.resolve_neg()
+
+
 def as_vector(rows: Tensor | None) -> Tensor | None:
     """Row values [*batch] as a vector whose stride is 1, or 0 for one value: every other stride would be compiled."""
     if rows is None:
         return None
+    rows = as_stored(rows)
     if not rows.is_contiguous():
         vector = rows.reshape(-1)
         return vector if vector.stride(0) == 0 else vector.contiguous()

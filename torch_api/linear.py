@@ -11,6 +11,7 @@ from ce_kernels.spec import Implementation, Reduction, check_reduction
 from torch_api import tracing
 from torch_api.linear_arguments import LinearChoices, checked_head, divided_by
 from torch_api.linear_chunks import Head
+from torch_api.linear_ops import linear_loss
 from torch_api.linear_rules import LinearLoss, linear_rows
 from torch_api.losses import RowOutputs
 
@@ -112,7 +113,8 @@ def linear_cross_entropy(
         and static.dtype != torch.float16
         and not (head.target.requires_grad or by.requires_grad)
     ):
-        return LinearLoss.apply(*head, by, static)
+        # No Function where a program is compiled: its backward would not notice that it is to be differentiated again.
+        return linear_loss(head, by, static) if torch.compiler.is_compiling() else LinearLoss.apply(*head, by, static)
     return linear_rows(head, static, with_argmax=False)[0].sum() / by
 
 

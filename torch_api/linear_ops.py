@@ -20,6 +20,9 @@ _SCHEMAS = (
     f"stats({_HEAD}, {_STATIC}, bool with_argmax) -> ({_ROWS}, Tensor predicted)",
     f"fused({_HEAD}, Tensor denominator, {_STATIC}, bool[] wanted) -> ({_ROWS}, {_GRADIENTS})",
     f"grad({_HEAD}, {_UPSTREAM}, {_STATIC}, bool[] wanted) -> ({_GRADIENTS}, Tensor dtarget)",
+    f"loss({_HEAD}, Tensor denominator, {_STATIC}, bool[] wanted) "
+    f"-> (Tensor total, Tensor lse, Tensor target_sum, {_GRADIENTS})",
+    f"scaled({_GRADIENTS}, Tensor by, Tensor hidden, Tensor weight, Tensor? bias) -> ({_GRADIENTS})",
 )
 N_SPEC = SPEC.count(",") + 1
 N_STATIC = _STATIC.count(",") + 1
@@ -36,6 +39,12 @@ def linear_fused(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, lse, s of every row, and dhidden, dweight, dbias of Σ loss / denominator."""
     return torch.ops.ce_kernels_linear.fused(*head, denominator, *_flat(static), wanted)
+
+
+def linear_loss(head: Head, denominator: Tensor, static: Static) -> Tensor:
+    """Σ loss / denominator, whose derivative has been computed with it."""
+    wanted = [x is not None and x.requires_grad for x in head[:3]]
+    return torch.ops.ce_kernels_linear.loss(*head, denominator, *_flat(static), wanted)[0]
 
 
 def linear_grad(
@@ -66,6 +75,16 @@ def _fused(*arguments):
     return *out[:3], *(_present(x, head) for x in gradients.finished())
 
 
+def _loss(*arguments):
+    loss, *others = _fused(*arguments)
+    return loss.sum() / arguments[5], *others
+
+
+def _scaled(dhidden, dweight, dbias, by, *_):
+    # In the wider dtype: PyTorch would round a 0-d factor to bf16 first.
+    return tuple((x.to(torch.promote_types(x.dtype, by.dtype)) * by).to(x.dtype) for x in (dhidden, dweight, dbias))
+
+
 def _grad(*arguments):
     head, upstream, static = Head(*arguments[:5]), Upstream(*arguments[5:9]), _static(arguments[9:-1])
     gradients, dtarget = linear_chunks.grad(head, upstream, static, arguments[-1])
@@ -85,6 +104,15 @@ def _fake_stats(*arguments):
 def _fake_fused(*arguments):
     head = Head(*arguments[:5])
     return *row_outputs(head, _static(arguments[6:-1])), *_fake_gradients(head, arguments[-1])[:3]
+
+
+def _fake_loss(*arguments):
+    loss, *others = _fake_fused(*arguments)
+    return loss.new_empty(()), *others
+
+
+def _fake_scaled(dhidden, dweight, dbias, *_):
+    return tuple(torch.empty_like(x) for x in (dhidden, dweight, dbias))
 
 
 def _fake_grad(*arguments):
@@ -120,11 +148,33 @@ def _backward(ctx, dloss, dlse, *_):
     return *gradients, *(None,) * (ctx.n_inputs - 4)
 
 
-for _schema, _function, _fake in zip(
-    _SCHEMAS, (_stats, _fused, _grad), (_fake_stats, _fake_fused, _fake_grad), strict=True
-):
+def _save_gradients(ctx, inputs, output) -> None:
+    total, lse, target_sum, *gradients = output
+    ctx.static, ctx.wanted, ctx.n_inputs = _static(inputs[6:-1]), inputs[-1], len(inputs)
+    ctx.save_for_backward(*inputs[:6], total, lse, target_sum, *gradients)
+
+
+def _scale_gradients(ctx, g, *_):
+    refuse_create_graph()
+    *head, denominator, total, lse, target_sum, dhidden, dweight, dbias = ctx.saved_tensors
+    *needed, _, needs_denominator = ctx.needs_input_grad[:6]
+    if all(want or not need for need, want in zip(needed, [*ctx.wanted, False], strict=True)):
+        # With the arrays themselves, whom PyTorch then watches, for writes and for second derivatives.
+        found = torch.ops.ce_kernels_linear.scaled(dhidden, dweight, dbias, g, *head[:3])
+    else:
+        # In an exported program more is trained than when it was made.
+        upstream = Upstream(lse, target_sum, (g / denominator).expand(len(lse)), None)
+        found = linear_grad(Head(*head), upstream, ctx.static, needed)
+    gradients = [x if need else None for x, need in zip((*found, None)[:4], needed, strict=True)]
+    return *gradients, None, -g * total / denominator if needs_denominator else None, *(None,) * (ctx.n_inputs - 6)
+
+
+_FUNCTIONS = (_stats, _fused, _grad, _loss, _scaled)
+_FAKES = (_fake_stats, _fake_fused, _fake_grad, _fake_loss, _fake_scaled)
+for _schema, _function, _fake in zip(_SCHEMAS, _FUNCTIONS, _FAKES, strict=True):
     _name = _library.define(_schema)
     _library.impl(_name, _function, "CompositeExplicitAutograd")
     library.register_fake(f"ce_kernels_linear::{_name}", _fake, lib=_library)
 for _name in ("stats", "fused"):
     library.register_autograd(f"ce_kernels_linear::{_name}", _backward, setup_context=_save, lib=_library)
+library.register_autograd("ce_kernels_linear::loss", _scale_gradients, setup_context=_save_gradients, lib=_library)

@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 
 from ce_kernels.spec import fail
 from torch_api import launch, tracing
+from torch_api.batching import one_by_one
 from torch_api.linear_chunks import Head, Static
 from torch_api.linear_ops import linear_fused, linear_grad, linear_stats
 from torch_api.losses import RowOutputs, cross_entropy_rows
@@ -173,11 +174,7 @@ def whole_rows(head: Head, static: Static) -> RowOutputs:
 
 def _one_by_one(function: Callable, info: Any, in_dims: tuple, args: tuple) -> tuple[tuple, tuple]:
     """The rule of vmap: a call for every element, for the reason that there are chunks."""
-    parts = [
-        function(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in zip(args, in_dims, strict=True)))
-        for i in range(info.batch_size)
-    ]
-    stacked = tuple(None if column[0] is None else torch.stack(column) for column in zip(*parts, strict=True))
+    stacked = tuple(one_by_one(function, info.batch_size, in_dims, args))
     return stacked, tuple(None if x is None else 0 for x in stacked)
 
 

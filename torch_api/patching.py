@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
 from ce_kernels.spec import Reduction
 from torch_api.losses import cross_entropy
@@ -28,15 +29,29 @@ def functional_cross_entropy(
         >>> round(functional_cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3])).item(), 4)
         1.3863
     """
+    overriding = [x for x in (input, target, weight) if _overrides_functions(x)]
+    if overriding:
+        # Who has a rule of their own has it for PyTorch's function.
+        return handle_torch_function(
+            _PYTORCHS, overriding, input, target, weight=weight, size_average=size_average, ignore_index=ignore_index,
+            reduce=reduce, reduction=reduction, label_smoothing=label_smoothing,
+        )  # fmt: skip
     if size_average is not None or reduce is not None:
         warnings.warn("size_average and reduce are deprecated in PyTorch; write reduction=…", stacklevel=2)
         average = size_average is None or size_average
-        reduction = "none" if reduce is False else "mean" if average else "sum"
+        reduction = "none" if reduce is not None and not reduce else "mean" if average else "sum"
     return cross_entropy(
         input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
     )
 
 
+def _overrides_functions(x: Tensor | None) -> bool:
+    """Whether the class of x has a `__torch_function__` of its own."""
+    own = getattr(type(x), "__torch_function__", None)
+    return getattr(own, "__func__", None) not in (None, Tensor.__torch_function__.__func__)
+
+
+_PYTORCHS = F.cross_entropy
 # Of every `patch()` that is open, what was there before, in the order of their beginnings.
 _open: list[list] = []
 

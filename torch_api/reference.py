@@ -114,7 +114,9 @@ def label_weights(inputs: Inputs, start: int, dtype: torch.dtype) -> Tensor:
     assert inputs.weight is not None
     column = inputs.target.long() - start
     inside = (column >= 0) & (column < len(inputs.weight))
-    return torch.where(inside, inputs.weight.to(dtype)[torch.where(inside, column, 0)], 0.0)
+    # By a vector: PyTorch reads a 0-d index on the host.
+    safe = torch.where(inside, column, 0).reshape(-1)
+    return torch.where(inside, inputs.weight.to(dtype)[safe].reshape(column.shape), 0.0)
 
 
 def counted_weights(found: Tensor, inputs: Inputs, options: Options, n_classes: int) -> Tensor:

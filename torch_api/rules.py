@@ -129,15 +129,7 @@ class RowGradients(Function):
         spec, with_dtarget = ctx.spec, ctx.with_dtarget
 
         def plain(logits, target, weight, dloss, dlse):
-            shape, soft_shape = logits.shape, target.shape
-            dloss, dlse = dloss.reshape(-1), None if dlse is None else dlse.reshape(-1)
-            inputs = launch.flat(Inputs(logits, target, weight))
-            inputs = reference.without_dead_rows(inputs, spec, dloss, dlse)
-            # Ignored rows have an lse only where one was asked for.
-            out = reference.stats(inputs, spec, with_argmax=dlse is not None)
-            upstream = Upstream(out.lse, out.target_sum, dloss, dlse)
-            dlogits, dtarget = reference.grad(inputs, upstream, spec, with_dtarget, skip_zero=False)
-            return dlogits.reshape(shape), None if dtarget is None else dtarget.reshape(soft_shape)
+            return _plain_row_gradients(logits, target, weight, dloss, dlse, spec, with_dtarget)
 
         wanted = ctx.needs_input_grad[:3] + ctx.needs_input_grad[5:7]
         dlogits, dtarget, dweight, ddloss, ddlse = _plain_gradients(plain, ctx.saved_tensors, wanted, cotangents)
@@ -149,6 +141,21 @@ class RowGradients(Function):
             return RowGradients.apply(*tensors, *args[7:])
 
         return to_rows(own, info.batch_size, in_dims[:7], args[:7], weight=2)
+
+
+def _plain_row_gradients(
+    logits, target, weight, dloss, dlse, spec: RowSpec, with_dtarget: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`RowGradients` in operations that every transform differentiates."""
+    shape, soft_shape = logits.shape, target.shape
+    dloss, dlse = dloss.reshape(-1), None if dlse is None else dlse.reshape(-1)
+    inputs = launch.flat(Inputs(logits, target, weight))
+    inputs = reference.without_dead_rows(inputs, spec, dloss, dlse)
+    # With argmax for the lse of ignored rows: their gradient, 0 · exp(x − lse), must be finite to be differentiated.
+    out = reference.stats(inputs, spec, with_argmax=True)
+    upstream = Upstream(out.lse, out.target_sum, dloss, dlse)
+    dlogits, dtarget = reference.grad(inputs, upstream, spec, with_dtarget, skip_zero=False)
+    return dlogits.reshape(shape), None if dtarget is None else dtarget.reshape(soft_shape)
 
 
 class _EagerRowLosses(RowLosses):
@@ -212,6 +219,9 @@ def refuse_to_be_detached(*upstream: Tensor | None) -> None:
 
 
 def _row_gradients(*args) -> tuple[Tensor, Tensor | None]:
+    if tracing.is_forward_mode():
+        # The backward of a loss that was computed before: a Function has no rule for tangents.
+        return _plain_row_gradients(*args[:3], *args[5:])
     refuse_to_be_detached(*args[5:7])
     return (_EagerRowGradients if tracing.is_eager(*args[:7]) else RowGradients).apply(*args)
 
@@ -236,7 +246,14 @@ def check_donation(ctx, *upstream: Tensor | None) -> None:
             "logits that are kept: second derivatives read them",
             "donate_logits=False",
         )
-    if ctx.spent or any(g is not None and _is_mapped(g) for g in upstream):
+    if any(g is not None and _is_mapped(g) for g in upstream):
+        fail(
+            RuntimeError,
+            "a mapped or traced backward, or one under a dispatch mode, through donated logits",
+            "a backward that nothing but autograd sees",
+            "donate_logits=False",
+        )
+    if ctx.spent:
         fail(
             RuntimeError,
             "a second backward through donated logits",

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 # Of `is_grads_batched=True`, which vmaps a backward without torch.func.
 _BATCHED: Any = torch._C._parse_dispatch_key("Batched")
 _PLAIN = frozenset((Tensor, Parameter, type(None)))
+_NO_DISPATCH: Any = torch._C._disabled_torch_dispatch_impl
 _FUNCTORCH: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -25,6 +26,12 @@ def is_eager(*tensors: Tensor | None) -> bool:
     ) and not [x for x in tensors if type(x) not in _PLAIN]
 
 
+def has_values(*tensors: Tensor) -> bool:
+    """As `is_eager`, and of subclasses too, as long as they hold what PyTorch's operations read."""
+    kinds: list[Any] = [type(x) for x in tensors]
+    return is_eager() and not [kind for kind in kinds if kind.__torch_dispatch__ is not _NO_DISPATCH]
+
+
 def is_opaque(*tensors: Tensor | None) -> bool:
     """A tracer or a subclass must see an operation with a name and a fake, and not a kernel's launch."""
     return (
@@ -36,8 +43,17 @@ def is_opaque(*tensors: Tensor | None) -> bool:
 
 def is_transformed() -> bool:
     """Whether torch.func's transforms or forward mode are at work."""
-    active = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    return active or forward_ad._current_level >= 0
+    return torch._C._are_functorch_transforms_active() or is_forward_mode()
+
+
+def has_symbols(shape: torch.Size) -> bool:
+    """Whether a tracer may not know some of these sizes."""
+    return torch.compiler.is_compiling() or any(isinstance(size, torch.SymInt) for size in shape)
+
+
+def is_forward_mode() -> bool:
+    """Whether tensors may carry tangents."""
+    return forward_ad._current_level >= 0
 
 
 def is_batched(*tensors: Tensor | None) -> bool:
@@ -55,7 +71,7 @@ def is_dtensor(x: object) -> bool:
 
 def is_higher_order() -> bool:
     """Forward mode, nested derivatives of torch.func, torch.func in compile: a Function has no rule for those."""
-    if forward_ad._current_level >= 0:
+    if is_forward_mode():
         return True
     if not torch._C._are_functorch_transforms_active():
         return False
