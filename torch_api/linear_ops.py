@@ -1,7 +1,7 @@
 """The chunk loops of `torch_api.linear_chunks` as library operations, which tracers see whole and never look into.
 
 An operation's outputs are tensors: an empty one stands for what is not wanted. Derivatives of their own are for graphs
-that hold nothing else of ours: exported programs that are trained. They make the logits again.
+that hold nothing else of ours: compiled programs, and exported ones that are trained.
 """
 
 import torch
@@ -22,7 +22,7 @@ _SCHEMAS = (
     f"grad({_HEAD}, {_UPSTREAM}, {_STATIC}, bool[] wanted) -> ({_GRADIENTS}, Tensor dtarget)",
     f"loss({_HEAD}, Tensor denominator, {_STATIC}, bool[] wanted) "
     f"-> (Tensor total, Tensor lse, Tensor target_sum, {_GRADIENTS})",
-    f"scaled({_GRADIENTS}, Tensor by, Tensor hidden, Tensor weight, Tensor? bias) -> ({_GRADIENTS})",
+    "watched(Tensor upstream, Tensor hidden, Tensor weight, Tensor? bias) -> Tensor",
 )
 N_SPEC = SPEC.count(",") + 1
 N_STATIC = _STATIC.count(",") + 1
@@ -80,9 +80,9 @@ def _loss(*arguments):
     return loss.sum() / arguments[5], *others
 
 
-def _scaled(dhidden, dweight, dbias, by, *_):
-    # In the wider dtype: PyTorch would round a 0-d factor to bf16 first.
-    return tuple((x.to(torch.promote_types(x.dtype, by.dtype)) * by).to(x.dtype) for x in (dhidden, dweight, dbias))
+def _watched(upstream, *_):
+    """The upstream gradient. A tracer keeps what it depends on, and notices writes to that and derivatives by it."""
+    return upstream.clone()
 
 
 def _grad(*arguments):
@@ -109,10 +109,6 @@ def _fake_fused(*arguments):
 def _fake_loss(*arguments):
     loss, *others = _fake_fused(*arguments)
     return loss.new_empty(()), *others
-
-
-def _fake_scaled(dhidden, dweight, dbias, *_):
-    return tuple(torch.empty_like(x) for x in (dhidden, dweight, dbias))
 
 
 def _fake_grad(*arguments):
@@ -148,6 +144,11 @@ def _backward(ctx, dloss, dlse, *_):
     return *gradients, *(None,) * (ctx.n_inputs - 4)
 
 
+def scaled(gradient: Tensor, g: Tensor) -> Tensor:
+    """gradient · g in gradient's dtype for a 0-d g, which PyTorch alone would round to that dtype first."""
+    return (gradient.to(torch.promote_types(gradient.dtype, g.dtype)) * g).to(gradient.dtype)
+
+
 def _save_gradients(ctx, inputs, output) -> None:
     total, lse, target_sum, *gradients = output
     ctx.static, ctx.wanted, ctx.n_inputs = _static(inputs[6:-1]), inputs[-1], len(inputs)
@@ -159,8 +160,9 @@ def _scale_gradients(ctx, g, *_):
     *head, denominator, total, lse, target_sum, dhidden, dweight, dbias = ctx.saved_tensors
     *needed, _, needs_denominator = ctx.needs_input_grad[:6]
     if all(want or not need for need, want in zip(needed, [*ctx.wanted, False], strict=True)):
-        # With the arrays themselves, whom PyTorch then watches, for writes and for second derivatives.
-        found = torch.ops.ce_kernels_linear.scaled(dhidden, dweight, dbias, g, *head[:3])
+        # No operator of its own, so that a compiler may multiply in place.
+        g = torch.ops.ce_kernels_linear.watched(g, *head[:3])
+        found = [scaled(x, g) for x in (dhidden, dweight, dbias)]
     else:
         # In an exported program more is trained than when it was made.
         upstream = Upstream(lse, target_sum, (g / denominator).expand(len(lse)), None)
@@ -169,8 +171,8 @@ def _scale_gradients(ctx, g, *_):
     return *gradients, None, -g * total / denominator if needs_denominator else None, *(None,) * (ctx.n_inputs - 6)
 
 
-_FUNCTIONS = (_stats, _fused, _grad, _loss, _scaled)
-_FAKES = (_fake_stats, _fake_fused, _fake_grad, _fake_loss, _fake_scaled)
+_FUNCTIONS = (_stats, _fused, _grad, _loss, _watched)
+_FAKES = (_fake_stats, _fake_fused, _fake_grad, _fake_loss, _watched)
 for _schema, _function, _fake in zip(_SCHEMAS, _FUNCTIONS, _FAKES, strict=True):
     _name = _library.define(_schema)
     _library.impl(_name, _function, "CompositeExplicitAutograd")

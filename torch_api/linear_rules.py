@@ -20,7 +20,7 @@ from ce_kernels.spec import fail
 from torch_api import launch, tracing
 from torch_api.batching import one_by_one
 from torch_api.linear_chunks import Head, Static
-from torch_api.linear_ops import linear_fused, linear_grad, linear_stats
+from torch_api.linear_ops import linear_fused, linear_grad, linear_stats, scaled
 from torch_api.losses import RowOutputs, cross_entropy_rows
 from torch_api.rows import Upstream, or_zeros
 from torch_api.rules import refuse_to_be_detached
@@ -50,11 +50,7 @@ class LinearLoss(Function):
             dloss = (g / denominator).expand(len(lse))
             gradients = LinearGradients.apply(*head, lse, target_sum, dloss, None, ctx.static, [*wanted, False])[:3]
         elif tracing.is_opaque(g):
-            # In g's dtype: PyTorch would round a 0-d g to bf16 first.
-            gradients = [
-                (x.to(torch.promote_types(x.dtype, g.dtype)) * g).to(x.dtype) if want else None
-                for x, want in zip(saved, wanted, strict=True)
-            ]
+            gradients = [scaled(x, g) if want else None for x, want in zip(saved, wanted, strict=True)]
         else:
             ctx.spent = True
             # `.data`: their receiver may write to them (.grad accumulates in place) without invalidating this node.
