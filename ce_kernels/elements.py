@@ -36,8 +36,7 @@ def overlap(OVERLAPPED: tl.constexpr):
 def leave_cluster(CLUSTER: tl.constexpr):
     """The last line of a program: ends it once all of its multiprocessors have read each other's shared memory.
 
-    Triton ends it by a barrier that also waits for what was written to arrive in memory, 1 to 3 % of a training step;
-    Triton 3.8 by none, so that a multiprocessor may be gone when another reads its shared memory.
+    Triton ends it by a barrier that also waits for what was written to arrive in memory: 1 to 3 % of a training step.
     """
     if CLUSTER and not INTERPRETED:
         tl.inline_asm_elementwise(
