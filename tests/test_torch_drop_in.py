@@ -97,8 +97,9 @@ def test_hooks_and_anomaly_mode(reduction):
 def test_losses_may_be_written_to():
     """Masking and weighting in place, as user code does with per-token losses."""
     for shape in ((4, 5), (4, 5, 2)):
-        logits, labels = torch.randn(shape, requires_grad=True), torch.randint(0, 5, (4, *shape[2:]))
-        scale = torch.tensor([1.0, 0.0, 3.0, 4.0]).view(4, *(1 for _ in shape[2:]))
+        logits = torch.randn(shape, device=DEVICE, requires_grad=True)
+        labels = torch.randint(0, 5, (4, *shape[2:]), device=DEVICE)
+        scale = torch.tensor([1.0, 0.0, 3.0, 4.0], device=DEVICE).view(4, *(1 for _ in shape[2:]))
         for implementation in ("reference", "triton"):
             rows = cross_entropy(logits, labels, reduction="none", implementation=implementation)
             rows[1] = 0.0
@@ -126,7 +127,8 @@ def test_tensor_subclasses():
 
 def test_negated_views():
     """torch.imag of a conjugate leaves its sign to its readers."""
-    logits, labels = torch.view_as_complex(torch.randn(4, 5, 2)).conj().imag, torch.tensor([0, 4, 1, 2])
+    logits = torch.view_as_complex(torch.randn(4, 5, 2, device=DEVICE)).conj().imag
+    labels = torch.tensor([0, 4, 1, 2], device=DEVICE)
     assert logits.is_neg()
     for implementation in ("reference", "triton"):
         ours = cross_entropy(logits, labels, implementation=implementation)
@@ -138,7 +140,8 @@ def test_negated_views():
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_lazy_signs_and_zeros_of_what_comes_in(implementation, n_rows, reduction):
     """Gradients through complex numbers, and divisors, may be negated views; forward mode brings lazy zeros."""
-    logits, labels = torch.randn(n_rows, 5, requires_grad=True), torch.tensor([0, 4, 1, 2])[:n_rows]
+    logits = torch.randn(n_rows, 5, device=DEVICE, requires_grad=True)
+    labels = torch.tensor([0, 4, 1, 2], device=DEVICE)[:n_rows]
 
     def gradient(loss, **options):
         losses = loss(logits, labels, reduction=reduction, **options)
@@ -146,19 +149,19 @@ def test_lazy_signs_and_zeros_of_what_comes_in(implementation, n_rows, reduction
         return torch.autograd.grad(torch.view_as_real(z.resolve_conj())[..., 1].sum(), logits)[0]
 
     torch.testing.assert_close(gradient(cross_entropy, implementation=implementation), gradient(F.cross_entropy))
-    negated = torch.view_as_complex(torch.tensor([1.0, -3.0])).conj().imag
+    negated = torch.view_as_complex(torch.tensor([1.0, -3.0], device=DEVICE)).conj().imag
     assert negated.is_neg()
     divided = cross_entropy(logits, labels, denominator=negated, implementation=implementation)
     torch.testing.assert_close(divided, F.cross_entropy(logits, labels, reduction="sum") / 3.0)
     loss = cross_entropy(logits, labels, reduction=reduction, implementation=implementation)
-    assert not torch.autograd.grad(loss, logits, torch._efficientzerotensor(loss.shape))[0].any()
+    assert not torch.autograd.grad(loss, logits, torch._efficientzerotensor(loss.shape, device=DEVICE))[0].any()
 
 
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_second_derivatives_beside_ignored_rows_of_any_size(implementation, reduction):
-    logits = torch.tensor([[1000.0, 0.0, 0.0], [1.0, 2.0, 3.0]], requires_grad=True)
-    labels = torch.tensor([-100, 1])
+    logits = torch.tensor([[1000.0, 0.0, 0.0], [1.0, 2.0, 3.0]], device=DEVICE, requires_grad=True)
+    labels = torch.tensor([-100, 1], device=DEVICE)
 
     def second(loss, **options):
         value = loss(logits, labels, reduction=reduction, **options).sum()
@@ -199,7 +202,7 @@ def test_third_derivatives():
 
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
 def test_logits_that_are_copied_for_reading_survive_two_backwards(implementation):
-    logits, labels = torch.randn(2, 5, 3, requires_grad=True), torch.randint(0, 5, (2, 3))
+    logits, labels = torch.randn(2, 5, 3, device=DEVICE, requires_grad=True), torch.randint(0, 5, (2, 3), device=DEVICE)
     before = logits.detach().clone()
     loss = cross_entropy(logits, labels, implementation=implementation)
     expected = torch.autograd.grad(F.cross_entropy(logits, labels), logits)
