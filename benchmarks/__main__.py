@@ -15,6 +15,10 @@ def main() -> None:
     tune.add_argument("n_rows", type=int)
     tune.add_argument("n_classes", type=int)
     tune.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    tune.add_argument("--soft-targets", action="store_true", help="probabilities instead of class indices")
+    tune.add_argument("--label-smoothing", type=float, default=0.0)
+    tune.add_argument("--in-place", action="store_true", help="the gradient overwrites the logits")
+    tune.add_argument("--chosen", action="store_true", help="time only what the table has")
     arguments = parser.parse_args()
     # Each command imports what it needs: only `run` and `tune` need a GPU.
     if arguments.command == "report":
@@ -26,9 +30,11 @@ def main() -> None:
 
         run_benchmarks(arguments.out)
     else:
+        from benchmarks.tune import Task
         from benchmarks.tune import tune as search
 
-        for timed in search(arguments.kernel, arguments.n_rows, arguments.n_classes, arguments.dtype)[:10]:
+        task = Task(**{name: getattr(arguments, name) for name in Task._fields})
+        for timed in search(task, [None] if arguments.chosen else None)[:10]:
             print(f"{timed.ratio:.3f} × copy  {timed.config}")
 
 

@@ -1,19 +1,49 @@
 """Searches for a faster row of `ce_kernels.tuning`: compiles candidates in parallel, checks each result, times it."""
 
+import functools
 import itertools
 import multiprocessing
 import os
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
-from benchmarks.timing import cuda_ms
+from benchmarks.timing import cuda_ms, wrong_gradient
 from ce_kernels import Launch, Problem, plan_fused, plan_grad, plan_stats
 from ce_kernels.tuning import TILED, Config, power_of_two
 
 ROW_OPERANDS = {"stats": (), "grad": ("lse_ptr", "target_sum_ptr", "dloss_ptr"), "fused": ("denominator_ptr",)}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DEVICE = "cuda"
+
+
+class Task(NamedTuple):
+    """What is tuned: a kernel on rows of classes, and what is on."""
+
+    kernel: str
+    n_rows: int
+    n_classes: int
+    dtype: str = "bfloat16"
+    soft_targets: bool = False
+    label_smoothing: float = 0.0
+    in_place: bool = False
+
+    @property
+    def problem(self) -> Problem:
+        """As a launch sees it, on a GPU where programs may span multiprocessors."""
+        target_stride = self.n_classes if self.soft_targets else 1
+        sizes = (self.n_rows, self.n_classes, self.dtype, self.soft_targets)
+        strides = (self.n_classes, target_stride, self.n_classes)
+        return Problem(*sizes, *strides, clusters=True, label_smoothing=self.label_smoothing > 0)
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        """The kernel's scalar arguments that are on."""
+        scalars: dict[str, float] = {} if self.soft_targets else {"ignore_index": -100}
+        return scalars | ({"label_smoothing": self.label_smoothing} if self.label_smoothing else {})
 
 
 class Timed(NamedTuple):
@@ -52,29 +82,29 @@ def tiles(kernel: str, block: int) -> list[Config]:
     return found
 
 
-def plan(kernel: str, problem: Problem, config: Config) -> Launch:
-    """A training launch of the plain loss."""
-    if kernel == "stats":
-        return plan_stats(problem, with_argmax=False, config=config)
-    if kernel == "grad":
-        return plan_grad(problem, dloss_stride=1, dlse_stride=0, dtarget_dtype=None, in_place=False, config=config)
-    return plan_fused(problem, denominator_stride=0, in_place=False, config=config)
+def plan(task: Task, config: Config | None) -> Launch:
+    """A training launch; None: with the configuration that `ce_kernels.tuning` has for it."""
+    if task.kernel == "stats":
+        return plan_stats(task.problem, with_argmax=False, config=config)
+    if task.kernel == "grad":
+        upstream = {"dloss_stride": 1, "dlse_stride": 0, "dtarget_dtype": None}
+        return plan_grad(task.problem, **upstream, in_place=task.in_place, config=config)
+    return plan_fused(task.problem, denominator_stride=0, in_place=task.in_place, config=config)
 
 
-def compile_ahead(kernel: str, problem: Problem, config: Config) -> str:
+def compile_ahead(task: Task, config: Config | None) -> str:
     """Fills Triton's cache; returns what went wrong."""
     from triton.runtime.jit import MockTensor
 
     from ce_kernels import kernels
 
-    launch = plan(kernel, problem, config)
+    launch = plan(task, config)
     function = getattr(kernels, launch.kernel)
-    arrays = {"logits_ptr": problem.logits_dtype, "target_ptr": "int64"}
-    arrays |= dict.fromkeys(ROW_OPERANDS[kernel], "float32")
+    arrays = {"logits_ptr": task.dtype, "target_ptr": task.dtype if task.soft_targets else "int64"}
+    arrays |= dict.fromkeys(ROW_OPERANDS[task.kernel], "float32")
     arrays |= {output.name: output.dtype for output in launch.outputs}
     arrays = {name: MockTensor(getattr(torch, dtype)) for name, dtype in arrays.items()}
-    scalars = {"ignore_index": -100}
-    arguments = dict.fromkeys(function.arg_names) | arrays | scalars | dict(launch.constants)
+    arguments = dict.fromkeys(function.arg_names) | arrays | task.scalars | dict(launch.constants)
     try:
         function.warmup(**arguments, grid=launch.grid, **launch.options)
     except Exception as error:
@@ -82,64 +112,88 @@ def compile_ahead(kernel: str, problem: Problem, config: Config) -> str:
     return ""
 
 
-def tune(
-    kernel: str, n_rows: int, n_classes: int, dtype: str = "bfloat16", chosen: list[Config] | None = None
-) -> list[Timed]:
-    """Candidates that give the right result, the fastest first."""
+def compile_all(task: Task, configs: list[Config | None]) -> list[str]:
+    """`compile_ahead` of every configuration, in as many processes as there are cores."""
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(compile_ahead, [task] * len(configs), configs))
+
+
+class Arrays(NamedTuple):
+    """The problem; of its right result the loss and lse of every row, and the gradient of some rows of a sum."""
+
+    logits: torch.Tensor
+    target: torch.Tensor
+    loss: torch.Tensor
+    lse: torch.Tensor
+    some: torch.Tensor
+    gradient: torch.Tensor
+
+
+def make(task: Task) -> Arrays:
+    """Random logits and targets, and what PyTorch makes of them, in blocks of rows."""
+    torch.manual_seed(0)
+    shape, dtype = (task.n_rows, task.n_classes), DTYPES[task.dtype]
+    logits = (torch.randn(shape, device=DEVICE) * 3).to(dtype)
+    if task.soft_targets:
+        target = torch.softmax(torch.randn(shape, device=DEVICE), -1).to(dtype)
+    else:
+        target = torch.randint(0, task.n_classes, (task.n_rows,), device=DEVICE)
+
+    def rows(x, y, dtype, reduction):
+        y = y.to(dtype) if task.soft_targets else y
+        return F.cross_entropy(x.to(dtype), y, reduction=reduction, label_smoothing=task.label_smoothing)
+
+    parts = list(zip(logits.split(256), target.split(256), strict=True))
+    loss = torch.cat([rows(x, y, torch.float32, "none") for x, y in parts])
+    lse = torch.cat([x.float().logsumexp(-1) for x, _ in parts])
+    some = torch.tensor([0, 1, task.n_rows // 2, task.n_rows - 1], device=DEVICE)
+    leaf = logits[some].double().requires_grad_()
+    (gradient,) = torch.autograd.grad(rows(leaf, target[some], torch.float64, "sum"), leaf)
+    return Arrays(logits, target, loss, lse, some, gradient)
+
+
+def tune(task: Task, configs: Sequence[Config | None] | None = None) -> list[Timed]:
+    """Configurations, by default all candidates, that give the right result, the fastest first."""
     from ce_kernels import kernels
 
-    torch.manual_seed(0)
-    logits = (torch.randn(n_rows, n_classes, device="cuda") * 3).to(DTYPES[dtype])
-    target = torch.randint(0, n_classes, (n_rows,), device="cuda")
-    problem = Problem(n_rows, n_classes, dtype, False, n_classes, 1, n_classes, clusters=True)
-    configs = candidates(kernel, n_classes, logits.element_size()) if chosen is None else chosen
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        errors = list(pool.map(compile_ahead, *zip(*((kernel, problem, config) for config in configs), strict=True)))
-    lse = torch.cat([part.float().logsumexp(-1) for part in logits.split(256)])
-    right_loss = lse - logits.gather(1, target[:, None])[:, 0].float()
-    some = torch.tensor([0, 1, n_rows // 2, n_rows - 1], device="cuda")
-    right = torch.softmax(logits[some].double(), -1)
-    right[torch.arange(4), target[some]] -= 1.0
-    loss, lse_out, sums = (torch.empty(n_rows, device="cuda") for _ in range(3))
-    dlogits = torch.empty_like(logits)
-    operands = {
-        "target_ptr": target,
-        "logits_ptr": logits,
-        "ignore_index": -100,
-        "dlogits_ptr": dlogits,
-        "loss_ptr": loss,
-    }
-    operands |= {"lse_ptr": lse_out, "target_sum_ptr": sums, "denominator_ptr": torch.ones((), device="cuda")}
-    operands |= {"dloss_ptr": torch.ones(n_rows, device="cuda")}
-    copy = cuda_ms(lambda: dlogits.copy_(logits))
+    arrays = make(task)
+    if configs is None:
+        configs = candidates(task.kernel, task.n_classes, arrays.logits.element_size())
+    errors = compile_all(task, list(configs))
+    loss, lse, sums = (torch.empty(task.n_rows, device=DEVICE) for _ in range(3))
+    dlogits = torch.empty_like(arrays.logits)
+    copy = cuda_ms(lambda: dlogits.copy_(arrays.logits))
     timed = []
     for config, error in zip(configs, errors, strict=True):
         if error:
             print(f"not compiled: {config}: {error}")
             continue
-        launch = plan(kernel, problem, config)
+        launch = plan(task, config)
         function = getattr(kernels, launch.kernel)
+        logits = arrays.logits.clone() if task.in_place else arrays.logits
+        gradient = logits if task.in_place else dlogits
+        operands = {"logits_ptr": logits, "target_ptr": arrays.target, "loss_ptr": loss, **task.scalars}
+        operands |= {"dlogits_ptr": None if task.in_place else dlogits, "lse_ptr": lse, "target_sum_ptr": sums}
+        operands |= {"denominator_ptr": torch.ones((), device=DEVICE)}
+        operands |= {"dloss_ptr": torch.ones(task.n_rows, device=DEVICE)}
         arguments = {name: operands.get(name) for name in function.arg_names} | dict(launch.constants)
         dlogits.fill_(float("nan"))
         loss.fill_(float("nan"))
-        lse_out.copy_(lse)
-        sums.fill_(1.0)
+        lse.copy_(arrays.lse)
+        sums.copy_(arrays.target.float().sum(-1) if task.soft_targets else torch.ones_like(sums))
 
-        def run(function=function, launch=launch, arguments=arguments):
-            function[launch.grid](**arguments, **launch.options)
-
+        run = functools.partial(function[launch.grid], **arguments, **launch.options)
         try:
             run()
             torch.cuda.synchronize()
         except Exception as error:
             print(f"not launched: {config}: {error!r}"[:200])
             continue
-        wrong = kernel != "grad" and not torch.allclose(loss, right_loss, rtol=1e-5, atol=1e-5)
-        if kernel != "stats":
-            difference = (dlogits[some].double() - right).abs()
-            wrong |= not bool((difference <= 2.0**-7 * right.abs() + 1e-12).all()) or bool(dlogits.isnan().any())
+        wrong = task.kernel != "grad" and not torch.allclose(loss, arrays.loss, rtol=1e-5, atol=1e-5)
+        if task.kernel != "stats":
+            wrong |= bool(wrong_gradient(gradient[arrays.some], arrays.gradient)) or bool(gradient.isnan().any())
         if wrong:
             print(f"wrong: {config}")
             continue
-        timed.append(Timed(cuda_ms(run, 12) / copy, config))
+        timed.append(Timed(cuda_ms(run, 12) / copy, launch.config))
     return sorted(timed, key=lambda one: one.ratio)

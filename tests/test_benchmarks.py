@@ -18,7 +18,7 @@ import torch_api
 from benchmarks import compiling, counters, plots, report, run, timing, tune
 from benchmarks.names import OURS_TORCH
 from benchmarks.timing import mistake
-from ce_kernels import Problem
+from ce_kernels.tuning import Config
 
 ROOT = Path(__file__).parent.parent
 README = report.README.read_text()
@@ -242,14 +242,38 @@ def test_a_claim_without_a_result_is_found(claim):
 @pytest.mark.parametrize("kernel", ["fused", "stats", "grad"])
 @pytest.mark.parametrize("n_classes", [21, 128, 1000, 50257, 262144])
 def test_tuning_tries_what_can_be_launched(kernel, n_classes):
-    problem = Problem(64, n_classes, "bfloat16", False, n_classes, 1, n_classes, clusters=True)
     found = tune.candidates(kernel, n_classes, itemsize=2)
     assert len(set(found)) == len(found) >= 5
     for config in found:
-        launch = tune.plan(kernel, problem, config)
+        launch = tune.plan(tune.Task(kernel, 64, n_classes), config)
         assert launch.config == config
         # One 16-byte vector a thread at the least.
         assert config.block * max(config.rows, 1) * 2 >= config.num_ctas * config.num_warps * 32 * 16
+
+
+@pytest.mark.parametrize("kernel", ["fused", "stats", "grad"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"soft_targets": True}, {"label_smoothing": 0.1}, {"in_place": True}, {"n_classes": 201, "dtype": "float16"}],
+    ids=str,
+)
+def test_tuning_times_right_results_alone(kernel, options, monkeypatch, capsys):
+    """With the kernels in the interpreter, and a clock that stands still."""
+    monkeypatch.setattr(tune, "DEVICE", "cpu")
+    monkeypatch.setattr(tune, "cuda_ms", lambda function, repeats=0: 1.0)
+    monkeypatch.setattr(tune, "compile_all", lambda task, configs: [""] * len(configs))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    task = tune.Task(kernel=kernel, n_rows=5, **{"n_classes": 200, "dtype": "float32"} | options)
+    config = Config(128, 1)
+    (chosen,), (given,) = tune.tune(task, [None]), tune.tune(task, [config])
+    assert given == tune.Timed(1.0, config)
+    assert chosen.config == tune.plan(task, None).config
+    made = tune.make
+    monkeypatch.setattr(
+        tune, "make", lambda task: made(task)._replace(loss=made(task).loss + 1, gradient=made(task).gradient * 1.1)
+    )
+    assert tune.tune(task, [config]) == []
+    assert "wrong: Config(" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
