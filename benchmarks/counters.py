@@ -6,6 +6,7 @@ measured with cold caches, at the clocks that the machine has.
 
 import argparse
 import csv
+import functools
 import io
 import json
 import re
@@ -20,6 +21,7 @@ import torch_api
 from benchmarks.environment import environment
 from benchmarks.report import COUNTERS
 from benchmarks.shapes import GEMMA, GPT2, LLAMA2, LLAMA3
+from benchmarks.timing import train
 
 STALLS = (
     "barrier",
@@ -52,9 +54,7 @@ KERNEL = re.compile(r"cross_entropy_\w+_kernel")
 
 def cases() -> dict[str, tuple[int, int, Callable]]:
     """Steps of (logits, labels) by name, with rows and classes."""
-
-    def train(logits, labels, **options):
-        torch.autograd.grad(torch_api.cross_entropy(logits, labels, **options), logits)
+    step = functools.partial(train, torch_api.cross_entropy)
 
     def two_launches(logits, labels):
         loss = torch_api.cross_entropy(logits, labels, reduction="none")
@@ -62,18 +62,18 @@ def cases() -> dict[str, tuple[int, int, Callable]]:
 
     def ignored(logits, labels, run):
         kept = torch.arange(len(labels), device="cuda") // run % 2 == 0
-        train(logits, torch.where(kept, labels, -100))
+        step(logits, torch.where(kept, labels, -100))
 
     def soft(logits, labels):
-        train(logits, torch.softmax(torch.randn(logits.shape, device="cuda"), -1).to(logits.dtype))
+        step(logits, torch.softmax(torch.randn(logits.shape, device="cuda"), -1).to(logits.dtype))
 
     return {
-        "plain, 32000 classes": (8192, LLAMA2, train),
-        "plain, 50257 classes": (8192, GPT2, train),
-        "plain": (4096, LLAMA3, train),
-        "plain, 262144 classes": (2048, GEMMA, train),
-        "label smoothing": (4096, LLAMA3, lambda x, y: train(x, y, label_smoothing=0.1)),
-        "soft cap": (4096, LLAMA3, lambda x, y: train(x, y, softcap=30.0)),
+        "plain, 32000 classes": (8192, LLAMA2, step),
+        "plain, 50257 classes": (8192, GPT2, step),
+        "plain": (4096, LLAMA3, step),
+        "plain, 262144 classes": (2048, GEMMA, step),
+        "label smoothing": (4096, LLAMA3, functools.partial(step, label_smoothing=0.1)),
+        "soft cap": (4096, LLAMA3, functools.partial(step, softcap=30.0)),
         "soft targets": (4096, LLAMA3, soft),
         "every other row ignored": (4096, LLAMA3, lambda x, y: ignored(x, y, 1)),
         "every other 256 rows ignored": (4096, LLAMA3, lambda x, y: ignored(x, y, 256)),

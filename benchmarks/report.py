@@ -300,23 +300,32 @@ def longest_waits(kernel: dict) -> str:
     return ", ".join(f"`{reason}` {waits[reason] / total:.0%}" for reason in first_two)
 
 
+# What a kernel keeps busy, by the name in the results, as the table calls it.
+BUSY = {
+    "dram_busy": "DRAM busy",
+    "l2_busy": "L2 busy",
+    "l2_hits": "L2 hits",
+    "exponential_unit_busy": "exponential unit",
+    "issue_slots_busy": "issue slots",
+    "warps_resident": "warps resident",
+}
+
+
 def counters_section(results: dict) -> str:
     """What each kernel moves, what it keeps busy and what it waits for."""
     lines = []
     for kernel in results["kernels"]:
         logits = 2 * kernel["n_rows"] * kernel["n_classes"]
-        busy = ("dram_busy", "l2_busy", "l2_hits", "exponential_unit_busy", "issue_slots_busy", "warps_resident")
         lines.append([
             f"{kernel['case']}, {kernel['n_rows']}×{kernel['n_classes']}",
             kernel["kernel"].removeprefix("cross_entropy_").removesuffix("_kernel"),
             f"{kernel['ns'] / 1e6:.3f}",
             f"{kernel['dram_read'] / logits:.2f} + {kernel['dram_written'] / logits:.2f}",
-            *(f"{kernel[name]:.0f}%" for name in busy),
+            *(f"{kernel[name]:.0f}%" for name in BUSY),
             longest_waits(kernel),
         ])  # fmt: skip
-    units = ["DRAM busy", "L2 busy", "L2 hits", "exponential unit", "issue slots", "warps resident"]
     return "\n".join([
-        *rows(["case", "kernel", "ms", "DRAM read + written, × logits", *units, "longest waits"], lines),
+        *rows(["case", "kernel", "ms", "DRAM read + written, × logits", *BUSY.values(), "longest waits"], lines),
         "",
         measured_on(results),
     ])  # fmt: skip

@@ -119,12 +119,13 @@ def compile_all(task: Task, configs: list[Config | None]) -> list[str]:
 
 
 class Arrays(NamedTuple):
-    """The problem; of its right result the loss and lse of every row, and the gradient of some rows of a sum."""
+    """The problem; of its right result loss, lse and s = Σq of every row, and the gradient of some rows of a sum."""
 
     logits: torch.Tensor
     target: torch.Tensor
     loss: torch.Tensor
     lse: torch.Tensor
+    target_sum: torch.Tensor
     some: torch.Tensor
     gradient: torch.Tensor
 
@@ -146,10 +147,11 @@ def make(task: Task) -> Arrays:
     parts = list(zip(logits.split(256), target.split(256), strict=True))
     loss = torch.cat([rows(x, y, torch.float32, "none") for x, y in parts])
     lse = torch.cat([x.float().logsumexp(-1) for x, _ in parts])
+    target_sum = torch.cat([y.float().sum(-1) if task.soft_targets else torch.ones_like(y).float() for _, y in parts])
     some = torch.tensor([0, 1, task.n_rows // 2, task.n_rows - 1], device=DEVICE)
     leaf = logits[some].double().requires_grad_()
     (gradient,) = torch.autograd.grad(rows(leaf, target[some], torch.float64, "sum"), leaf)
-    return Arrays(logits, target, loss, lse, some, gradient)
+    return Arrays(logits, target, loss, lse, target_sum, some, gradient)
 
 
 def tune(task: Task, configs: Sequence[Config | None] | None = None) -> list[Timed]:
@@ -162,6 +164,9 @@ def tune(task: Task, configs: Sequence[Config | None] | None = None) -> list[Tim
     errors = compile_all(task, list(configs))
     loss, lse, sums = (torch.empty(task.n_rows, device=DEVICE) for _ in range(3))
     dlogits = torch.empty_like(arrays.logits)
+    operands = {"target_ptr": arrays.target, "loss_ptr": loss, "lse_ptr": lse, "target_sum_ptr": sums, **task.scalars}
+    operands |= {"dlogits_ptr": None if task.in_place else dlogits, "denominator_ptr": torch.ones((), device=DEVICE)}
+    operands |= {"dloss_ptr": torch.ones(task.n_rows, device=DEVICE)}
     copy = cuda_ms(lambda: dlogits.copy_(arrays.logits))
     timed = []
     for config, error in zip(configs, errors, strict=True):
@@ -172,16 +177,12 @@ def tune(task: Task, configs: Sequence[Config | None] | None = None) -> list[Tim
         function = getattr(kernels, launch.kernel)
         logits = arrays.logits.clone() if task.in_place else arrays.logits
         gradient = logits if task.in_place else dlogits
-        operands = {"logits_ptr": logits, "target_ptr": arrays.target, "loss_ptr": loss, **task.scalars}
-        operands |= {"dlogits_ptr": None if task.in_place else dlogits, "lse_ptr": lse, "target_sum_ptr": sums}
-        operands |= {"denominator_ptr": torch.ones((), device=DEVICE)}
-        operands |= {"dloss_ptr": torch.ones(task.n_rows, device=DEVICE)}
-        arguments = {name: operands.get(name) for name in function.arg_names} | dict(launch.constants)
+        given = operands | {"logits_ptr": logits}
+        arguments = {name: given.get(name) for name in function.arg_names} | dict(launch.constants)
         dlogits.fill_(float("nan"))
         loss.fill_(float("nan"))
         lse.copy_(arrays.lse)
-        sums.copy_(arrays.target.float().sum(-1) if task.soft_targets else torch.ones_like(sums))
-
+        sums.copy_(arrays.target_sum)
         run = functools.partial(function[launch.grid], **arguments, **launch.options)
         try:
             run()

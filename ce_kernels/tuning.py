@@ -95,9 +95,9 @@ FUSED_CLUSTERS = (
 )
 FUSED_CLUSTERS_IN_PLACE = (
     (2 * 140000, Config(32768, 8, 8, backwards=True, max_registers=40)),  # 4096×128256: 1.15
-    (2 * 200000, Config(32768, 8, 8, unroll=2, backwards=True, max_registers=40)),  # 4096×151936: 1.15
-    (2 * 400000, Config(65536, 8, 8, unroll=2, backwards=True, max_registers=56)),  # 2048×262144: 1.20
-    FUSED_CLUSTERS[-1],  # 1024×524288: 1.27; 512×1048576: 1.41
+    FUSED_CLUSTERS[0],  # 4096×151936: 1.15
+    FUSED_CLUSTERS[1],  # 2048×262144: 1.20
+    FUSED_CLUSTERS[2],  # 1024×524288: 1.27; 512×1048576: 1.41
 )
 FUSED_CLUSTERS_SMOOTHED = (
     FUSED_CLUSTERS[0],  # 4096×128256: 1.20

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
 from ce_kernels.spec import fail
@@ -21,8 +21,7 @@ from jax_api import linear_sharding
 from jax_api.linear_chunks import Gradients, Head, LinearStatic, Wanted, logits_of
 from jax_api.losses import cross_entropy_rows
 from jax_api.reference import Upstream, is_soft
-from jax_api.rules import whole_cotangent
-from jax_api.slices import tracks_varying
+from jax_api.rules import own_share, whole_cotangent
 from jax_api.static import Stats
 
 
@@ -203,10 +202,7 @@ def _whole_gradients(static: LinearStatic, wanted: Wanted, head: Head, dloss: Ar
             **asdict(static.rows.options),
         )
         loss = (out.loss * dloss).sum()
-        loss = loss if dlse is None else loss + (out.lse * dlse).sum()
-        # Every device has the whole, and brings its share: `whole_cotangent` will sum.
-        names = static.rows.axis_name
-        return loss / lax.axis_size(names) if names and not tracks_varying(names) else loss
+        return own_share(static.rows, loss if dlse is None else loss + (out.lse * dlse).sum())
 
     found = iter(jax.grad(total)([x for want, x in zip(flags, head[:4], strict=True) if want]))
     return Gradients(*(next(found) if want else None for want in flags))

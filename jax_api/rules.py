@@ -140,10 +140,16 @@ def _inner(coefficients, tangent, dtype):
 
 def whole_cotangent(static: Static, cotangent: Array) -> Array:
     """The cotangent of a merged output: under shard_map(check_vma=False) each device brings its share of it."""
-    names = static.axis_name
-    if names and not tracks_varying(names):
-        return lax.psum(cotangent, names)
-    return cotangent
+    return lax.psum(cotangent, static.axis_name) if _brings_shares(static) else cotangent
+
+
+def own_share(static: Static, whole: Array) -> Array:
+    """What a device brings of a value that all have whole, so that `whole_cotangent` sums to it."""
+    return whole / lax.axis_size(static.axis_name) if _brings_shares(static) else whole
+
+
+def _brings_shares(static: Static) -> bool:
+    return bool(static.axis_name) and not tracks_varying(static.axis_name)
 
 
 def weight_gradient(static: Static, logits: Array, target: Array, weight: Array | None, dloss: Array) -> Array | None:

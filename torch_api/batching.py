@@ -29,15 +29,13 @@ def one_by_one(function: Callable, size: int, in_dims: tuple, arguments: tuple) 
 
     def own(i: int) -> tuple:
         pairs = zip(arguments, in_dims, strict=True)
-        return function(*(x.select(dim, i) if isinstance(dim, int) and x is not None else x for x, dim in pairs))
+        return function(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in pairs))
 
     if size:
         return [None if outs[0] is None else torch.stack(outs) for outs in zip(*map(own, range(size)), strict=True)]
     # Of nothing, only the shapes are known: those of one made up.
     made_up = tuple(
-        x.new_zeros([n if i != dim else 1 for i, n in enumerate(x.shape)])
-        if isinstance(dim, int) and x is not None
-        else x
+        x.new_zeros([n if i != dim else 1 for i, n in enumerate(x.shape)]) if isinstance(dim, int) else x
         for x, dim in zip(arguments, in_dims, strict=True)
     )
     return [None if out is None else out[:0] for out in one_by_one(function, 1, in_dims, made_up)]

@@ -128,19 +128,12 @@ def _plain_grad(
 ) -> tuple[Tensor, Tensor | None]:
     rows = Upstream(*(None if x is None else x.reshape(-1) for x in upstream))  # pyright: ignore[reportArgumentType]
     dlogits, dtarget = reference.grad(flat(inputs), rows, spec, with_dtarget)
-    dtarget = None if dtarget is None else _laid_out(dtarget, inputs.target)
+    if dtarget is not None:
+        dtarget = layout.laid_out(dtarget.reshape(inputs.target.shape), inputs.target)
+    dlogits = dlogits.reshape(inputs.logits.shape)
     if donate:
-        return inputs.logits.detach().copy_(dlogits.reshape(inputs.logits.shape)), dtarget
-    return _laid_out(dlogits, inputs.logits), dtarget
-
-
-def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
-    """A gradient by rows in the shape and the layout of what it is the gradient of."""
-    gradient = gradient.reshape(like.shape)
-    if like.is_contiguous():
-        return gradient
-    out = torch.empty_like(like)
-    return gradient if gradient.stride() == out.stride() else out.copy_(gradient)
+        return inputs.logits.detach().copy_(dlogits), dtarget
+    return layout.laid_out(dlogits, inputs.logits), dtarget
 
 
 def _plain_fused(inputs: Inputs, denominator: Tensor, spec: RowSpec, *, donate: bool) -> tuple[Stats, Tensor]:

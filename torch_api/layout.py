@@ -3,6 +3,7 @@
 from functools import lru_cache
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -94,6 +95,14 @@ def overlaps(array: Tensor) -> bool:
                 return True
             extent += (size - 1) * stride
     return False
+
+
+def laid_out(gradient: Tensor, like: Tensor) -> Tensor:
+    """The gradient with the strides of `torch.empty_like`."""
+    # A gradient fills its memory: with the strides of its like, so does that, and `empty_like` keeps them.
+    if gradient.stride() == like.stride() or gradient.stride() == torch.empty_like(like, device="meta").stride():
+        return gradient
+    return torch.empty_like(like).copy_(gradient)
 
 
 def as_stored(values: Tensor) -> Tensor:

@@ -47,11 +47,10 @@ def linear_loss(head: Head, denominator: Tensor, static: Static) -> Tensor:
     return torch.ops.ce_kernels_linear.loss(*head, denominator, *_flat(static), wanted)[0]
 
 
-def linear_grad(
-    head: Head, upstream: Upstream, static: Static, wanted: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dhidden, dweight, dbias, dtarget for any upstream gradients."""
-    return torch.ops.ce_kernels_linear.grad(*head, *upstream, *_flat(static), wanted)
+def linear_grad(head: Head, upstream: Upstream, static: Static, wanted: list[bool]) -> tuple[Tensor | None, ...]:
+    """dhidden, dweight, dbias, dtarget for any upstream gradients; None where not wanted."""
+    found = torch.ops.ce_kernels_linear.grad(*head, *upstream, *_flat(static), wanted)
+    return tuple(x if want else None for x, want in zip(found, wanted, strict=True))
 
 
 def _flat(static: Static) -> tuple:
@@ -139,9 +138,7 @@ def _backward(ctx, dloss, dlse, *_):
     if dloss is None and dlse is None:
         return (None,) * ctx.n_inputs
     upstream = Upstream(lse, target_sum, or_zeros(dloss, lse), dlse)
-    found = linear_grad(Head(*head), upstream, ctx.static, wanted)
-    gradients = [x if want else None for x, want in zip(found, wanted, strict=True)]
-    return *gradients, *(None,) * (ctx.n_inputs - 4)
+    return *linear_grad(Head(*head), upstream, ctx.static, wanted), *(None,) * (ctx.n_inputs - 4)
 
 
 def scaled(gradient: Tensor, g: Tensor) -> Tensor:
@@ -162,12 +159,12 @@ def _scale_gradients(ctx, g, *_):
     if all(want or not need for need, want in zip(needed, [*ctx.wanted, False], strict=True)):
         # No operator of its own, so that a compiler may multiply in place.
         g = torch.ops.ce_kernels_linear.watched(g, *head[:3])
-        found = [scaled(x, g) for x in (dhidden, dweight, dbias)]
+        saved = (dhidden, dweight, dbias)
+        gradients = *(scaled(x, g) if need else None for x, need in zip(saved, needed[:3], strict=True)), None
     else:
         # In an exported program more is trained than when it was made.
         upstream = Upstream(lse, target_sum, (g / denominator).expand(len(lse)), None)
-        found = linear_grad(Head(*head), upstream, ctx.static, needed)
-    gradients = [x if need else None for x, need in zip((*found, None)[:4], needed, strict=True)]
+        gradients = linear_grad(Head(*head), upstream, ctx.static, needed)
     return *gradients, None, -g * total / denominator if needs_denominator else None, *(None,) * (ctx.n_inputs - 6)
 
 

@@ -85,7 +85,6 @@ class LinearRows(Function):
         wanted = list(ctx.needs_input_grad[:4])
         if torch.compiler.is_compiling():
             gradients = linear_grad(Head(*head), Upstream(lse, target_sum, dloss, dlse), ctx.static, wanted)
-            gradients = [x if want else None for x, want in zip(gradients, wanted, strict=True)]
         else:
             refuse_to_be_detached(dloss, dlse)
             gradients = LinearGradients.apply(*head, lse, target_sum, dloss, dlse, ctx.static, wanted)
@@ -104,8 +103,7 @@ class LinearGradients(Function):
         hidden, weight, bias, target, class_weight, lse, target_sum, dloss, dlse, static: Static, wanted: list[bool]
     ):
         head = Head(hidden, weight, bias, target, class_weight)
-        gradients = linear_grad(head, Upstream(lse, target_sum, dloss, dlse), static, wanted)
-        return tuple(x if want else None for x, want in zip(gradients, wanted, strict=True))
+        return linear_grad(head, Upstream(lse, target_sum, dloss, dlse), static, wanted)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -10,7 +10,7 @@ from torch import Tensor, library
 
 from ce_kernels import Options
 from ce_kernels.spec import fail
-from torch_api import launch
+from torch_api import launch, layout
 from torch_api.reference import compute_dtype
 from torch_api.rows import Inputs, RowSpec, Stats, Upstream, or_zeros
 
@@ -77,16 +77,9 @@ def _row_gradients(logits, target, weight, lse, target_sum, dloss, dlse, with_dt
     dlogits, dtarget = launch.grad(
         Inputs(logits, target, weight), upstream, spec_of(*scalars), with_dtarget=with_dtarget
     )
-    dtarget = _nothing(logits, target.dtype) if dtarget is None else _laid_out(dtarget, target)
-    return _laid_out(dlogits, logits), dtarget
-
-
-def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
-    """The gradient with the strides that its fake promises: those of `torch.empty_like`."""
-    # A gradient fills its memory: with the strides of its like, so does that, and `empty_like` keeps them.
-    if gradient.stride() == like.stride() or gradient.stride() == torch.empty_like(like, device="meta").stride():
-        return gradient
-    return torch.empty_like(like).copy_(gradient)
+    dtarget = _nothing(logits, target.dtype) if dtarget is None else layout.laid_out(dtarget, target)
+    # As its fake promises.
+    return layout.laid_out(dlogits, logits), dtarget
 
 
 def _nothing(like: Tensor, dtype: torch.dtype) -> Tensor:
