@@ -131,10 +131,12 @@ def wrong_loss(loss: torch.Tensor, right: float) -> str:
     return f"loss {loss.item()}, expected {right}" if not abs(loss.item() - right) <= tolerance * abs(right) else ""
 
 
-def wrong_gradient(gradient: torch.Tensor, right: torch.Tensor, rtol: float = 2.0**-7) -> str:
+def wrong_gradient(
+    gradient: torch.Tensor, right: torch.Tensor, rtol: float = 2.0**-7, atol: torch.Tensor | float = 0.0
+) -> str:
     """What is wrong with the first rows of a gradient: all that is right holds of them; empty if nothing is."""
     finest = torch.finfo(gradient.dtype)
-    atol = max(1e-12, finest.tiny * finest.eps)
+    atol = atol + max(1e-12, finest.tiny * finest.eps)
     right_here = (gradient[: len(right)].double() - right).abs() <= rtol * right.abs() + atol
     wrong = right_here.numel() - int(right_here.sum())
     return f"{wrong} of {right_here.numel()} gradient elements" if wrong else ""

@@ -189,21 +189,9 @@ def load_columns(ptr, cols, inside, EVICTION: tl.constexpr):
 
 
 @triton.jit
-def spread_mass(
-    cols,
-    inside,
-    target_row_ptr,
-    weight_ptr,
-    label_smoothing,
-    EVICTION: tl.constexpr,
-    TOTAL_CLASSES: tl.constexpr,
-    SOFT_TARGETS: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """q without a hard label's own mass: w·((1−α)·t + α/V), where t = 0 for hard labels; 0 where not inside."""
-    q = tl.zeros(cols.shape, DTYPE)
-    if SOFT_TARGETS:
-        q += load_columns(target_row_ptr, cols, inside, EVICTION).to(DTYPE)
+def spread_mass(t, cols, inside, weight_ptr, label_smoothing, TOTAL_CLASSES: tl.constexpr, DTYPE: tl.constexpr):
+    """q without a hard label's own mass: w·((1−α)·t + α/V), where t is None for hard labels; 0 where not inside."""
+    q = tl.zeros(cols.shape, DTYPE) if t is None else t
     if label_smoothing is not None:
         q = (1.0 - label_smoothing) * q + label_smoothing / TOTAL_CLASSES
     if weight_ptr is not None:
@@ -271,3 +259,33 @@ def load_logits(
         if SHIFTED:
             r = tl.where((position >= shift) & (position < shift + N_CLASSES), r, float("-inf"))
         return r
+
+
+@triton.jit
+def load_targets(
+    row_ptr,
+    start,
+    shift,
+    active,
+    EDGE: tl.constexpr,
+    EVICTION: tl.constexpr,
+    N_CLASSES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    WIDE_TARGETS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Soft targets of a block of logits. WIDE_TARGETS: by groups, of which an EDGE block's may reach over the row."""
+    position = start + tl.arange(0, BLOCK)
+    cols = position - shift
+    if not EDGE:
+        t = tl.load(row_ptr + (position if WIDE_TARGETS else cols), eviction_policy=EVICTION)
+    elif WIDE_TARGETS:
+        # At most 16 bytes, as beyond them may be what is not ours to read.
+        UNIT: tl.constexpr = min(GROUP, 128 // row_ptr.dtype.element_ty.primitive_bitwidth)
+        mask = active & (position // UNIT * UNIT < shift + N_CLASSES)
+        t = tl.load(row_ptr + position, mask=mask, other=0.0, eviction_policy=EVICTION)
+    else:
+        t = load_columns(row_ptr, cols, active & (cols >= 0) & (cols < N_CLASSES), EVICTION)
+    return widen(t, SHIFTED, DTYPE)

@@ -58,6 +58,7 @@ def cross_entropy_stats_kernel(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
     SHIFTED: tl.constexpr,
+    WIDE_TARGETS: tl.constexpr,
     UNROLL: tl.constexpr,
     CLUSTER: tl.constexpr,
     OVERLAPPED: tl.constexpr,
@@ -84,9 +85,10 @@ def cross_entropy_stats_kernel(
     active = mask_of(~ignored)
     if WITH_ARGMAX:
         active = mask_of(row >= 0)
+    target_row_ptr = target_ptr + aligned(row * TARGET_STRIDE, GROUP, WIDE_TARGETS)[0]
     m, d, qx, q_sum, best, best_col = row_statistics(
-        logits_ptr + start, target_ptr + row * TARGET_STRIDE, weight_ptr, shift, active, alpha, scale, cap, WITH_ARGMAX,
-        "evict_first", N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, BLOCK, GROUP, SHIFTED, UNROLL, DTYPE,
+        logits_ptr + start, target_row_ptr, weight_ptr, shift, active, alpha, scale, cap, WITH_ARGMAX, "evict_first",
+        N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, BLOCK, GROUP, SHIFTED, WIDE_TARGETS, UNROLL, DTYPE,
     )  # fmt: skip
     if active:
         uniform = uniform_mass(alpha, weight_ptr, TOTAL_CLASSES, SOFT_TARGETS)
@@ -134,6 +136,7 @@ def cross_entropy_grad_kernel(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
     SHIFTED: tl.constexpr,
+    WIDE_TARGETS: tl.constexpr,
     WIDE_STORES: tl.constexpr,
     BLOCKS_PER_ROW: tl.constexpr,
 ):
@@ -168,18 +171,19 @@ def cross_entropy_grad_kernel(
         out_offset = row_offset(row, DLOGITS_STRIDE, rows_inner, dlogits_outer_stride)
         dlogits_row_ptr = dlogits_ptr + aligned(out_offset, GROUP, SHIFTED and WIDE_STORES)[0]
     mass = tl.where(active & (label_x != float("-inf")), mass, 0.0)
+    target_row_ptr = target_ptr + aligned(row * TARGET_STRIDE, GROUP, WIDE_TARGETS)[0]
     dtarget_row_ptr = None if dtarget_ptr is None else dtarget_ptr + row * N_CLASSES
     if active & (first >= shift) & (first + BLOCK <= N_CLASSES):
         store_gradient_block(
-            first, logits_ptr + start, target_ptr + row * TARGET_STRIDE, weight_ptr, shift, active, column, mass, a,
-            dloss, lse, alpha, scale, cap, dlogits_row_ptr, dtarget_row_ptr, False, N_CLASSES, TOTAL_CLASSES,
-            SOFT_TARGETS, WIDE_STORES, BLOCK, GROUP, SHIFTED, DTYPE,
+            first, logits_ptr + start, target_row_ptr, weight_ptr, shift, active, column, mass, a, dloss, lse, alpha,
+            scale, cap, dlogits_row_ptr, dtarget_row_ptr, False, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, WIDE_STORES,
+            BLOCK, GROUP, SHIFTED, WIDE_TARGETS, DTYPE,
         )  # fmt: skip
     else:
         store_gradient_block(
-            first, logits_ptr + start, target_ptr + row * TARGET_STRIDE, weight_ptr, shift, active, column, mass, a,
-            dloss, lse, alpha, scale, cap, dlogits_row_ptr, dtarget_row_ptr, True, N_CLASSES, TOTAL_CLASSES,
-            SOFT_TARGETS, WIDE_STORES, BLOCK, GROUP, SHIFTED, DTYPE,
+            first, logits_ptr + start, target_row_ptr, weight_ptr, shift, active, column, mass, a, dloss, lse, alpha,
+            scale, cap, dlogits_row_ptr, dtarget_row_ptr, True, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, WIDE_STORES,
+            BLOCK, GROUP, SHIFTED, WIDE_TARGETS, DTYPE,
         )  # fmt: skip
 
 
@@ -213,6 +217,7 @@ def cross_entropy_fused_kernel(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
     SHIFTED: tl.constexpr,
+    WIDE_TARGETS: tl.constexpr,
     WIDE_STORES: tl.constexpr,
     UNROLL: tl.constexpr,
     BACKWARDS: tl.constexpr,
@@ -243,7 +248,7 @@ def cross_entropy_fused_kernel(
     offset = row_offset(row, LOGITS_STRIDE, rows_inner, logits_outer_stride)
     start, shift = aligned(offset, GROUP, SHIFTED)
     logits_row_ptr = logits_ptr + start
-    target_row_ptr = target_ptr + row * TARGET_STRIDE
+    target_row_ptr = target_ptr + aligned(row * TARGET_STRIDE, GROUP, WIDE_TARGETS)[0]
     column, mass, label_x, ignored, invalid = row_target(
         row, logits_ptr + offset, None, target_ptr, weight_ptr, vocab_start_ptr, ignore_index, alpha, scale,
         cap, 0, N_CLASSES, None, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, DTYPE,
@@ -256,7 +261,7 @@ def cross_entropy_fused_kernel(
     active = mask_of(~ignored)
     m, d, qx, q_sum, _, _ = row_statistics(
         logits_row_ptr, target_row_ptr, weight_ptr, shift, active, alpha, scale, cap, False, EVICTION, N_CLASSES,
-        TOTAL_CLASSES, SOFT_TARGETS, BLOCK, GROUP, SHIFTED, UNROLL, DTYPE,
+        TOTAL_CLASSES, SOFT_TARGETS, BLOCK, GROUP, SHIFTED, WIDE_TARGETS, UNROLL, DTYPE,
     )  # fmt: skip
     lse, s = tl.cast(0.0, DTYPE), tl.cast(0.0, DTYPE)
     if active:
@@ -277,20 +282,20 @@ def cross_entropy_fused_kernel(
             store_gradient_block(
                 edge, logits_row_ptr, target_row_ptr, weight_ptr, shift, active, column, mass, a, dloss, lse, alpha,
                 scale, cap, dlogits_row_ptr, None, True, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, WIDE_STORES, BLOCK,
-                GROUP, SHIFTED, DTYPE,
+                GROUP, SHIFTED, WIDE_TARGETS, DTYPE,
             )  # fmt: skip
         for step in tl.range(FIRST, FULL, BLOCK, loop_unroll_factor=UNROLL):
             first = FIRST + FULL - BLOCK - step if BACKWARDS else step
             store_gradient_block(
                 first, logits_row_ptr, target_row_ptr, weight_ptr, shift, active, column, mass, a, dloss, lse, alpha,
                 scale, cap, dlogits_row_ptr, None, False, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, WIDE_STORES, BLOCK,
-                GROUP, SHIFTED, DTYPE,
+                GROUP, SHIFTED, WIDE_TARGETS, DTYPE,
             )  # fmt: skip
         if SHIFTED and FULL > 0:
             store_gradient_block(
                 0, logits_row_ptr, target_row_ptr, weight_ptr, shift, active, column, mass, a, dloss, lse, alpha,
                 scale, cap, dlogits_row_ptr, None, True, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, WIDE_STORES, BLOCK,
-                GROUP, SHIFTED, DTYPE,
+                GROUP, SHIFTED, WIDE_TARGETS, DTYPE,
             )  # fmt: skip
     else:
         zeros = tl.zeros([BLOCK], dlogits_row_ptr.dtype.element_ty)

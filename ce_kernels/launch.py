@@ -22,7 +22,8 @@ class Problem:
     With rows_inner, row i starts at (i // rows_inner)·outer_stride + (i % rows_inner)·stride, in logits and dlogits;
     dlogits_stride None means n_classes. class_stride: from class to class, where the classes of a row lie apart; hard
     labels only.
-    `aligned`: the logits' first element lies on a 16-byte boundary, so that whole groups of 16 bytes may be read.
+    `aligned`: the logits' first element lies on a 16-byte boundary, so that whole groups of 16 bytes may be read;
+    `target_aligned`: that of the soft targets does.
     `clusters`: one program may span several multiprocessors; `has_clusters` says where.
     `softcap`: there is one, and its arithmetic takes longer than the memory. `label_smoothing`: there is some, and the
     sum of a row's logits takes registers. `overlapped`: a launch may begin while the one before it ends, and kernels
@@ -43,6 +44,7 @@ class Problem:
     class_stride: int = 1
     dlogits_class_stride: int = 1
     aligned: bool = True
+    target_aligned: bool = True
     clusters: bool = False
     softcap: bool = False
     label_smoothing: bool = False
@@ -77,6 +79,12 @@ class Problem:
         reads = _levels(self.logits_stride, self.logits_outer_stride)
         writes = _levels(self.dlogits_stride or self.n_classes, self.dlogits_outer_stride)
         return all((read - write) % self.group == 0 for read, write in zip(reads, writes, strict=True))
+
+    @property
+    def wide_targets(self) -> bool:
+        """Whether rows that start between 16-byte boundaries have the groups of every row of the soft targets."""
+        same = self.rows_inner is None and (self.logits_stride - self.target_stride) % self.group == 0
+        return self.soft_targets and self.shifted and self.target_aligned and same
 
     @property
     def compute_dtype(self) -> str:
@@ -243,7 +251,7 @@ def _plan(
         of_logits["class_stride"] = None if problem.class_stride == 1 else problem.class_stride
         of_dlogits["class_stride"] = None if problem.dlogits_class_stride == 1 else problem.dlogits_class_stride
     else:
-        constants |= {"GROUP": problem.group, "SHIFTED": problem.shifted}
+        constants |= {"GROUP": problem.group, "SHIFTED": problem.shifted, "WIDE_TARGETS": problem.wide_targets}
         positions += problem.group - 1 if problem.shifted else 0
         if problem.rows_inner is not None:
             constants["rows_inner"] = problem.rows_inner

@@ -7,25 +7,33 @@ This module imports triton, so nothing but a launch may import it.
 import triton
 import triton.language as tl
 
-from ce_kernels.elements import load_logits, logarithm, mask_of, per_nat_of, power, spread_mass, transform, uniform_mass
+from ce_kernels.elements import (
+    load_logits,
+    load_targets,
+    logarithm,
+    mask_of,
+    per_nat_of,
+    power,
+    spread_mass,
+    transform,
+    uniform_mass,
+)
 
 
 @triton.jit
 def accumulate(
     m, d, qx, q_sum, best, best_col,
     r,
+    t,
     cols,
     inside,
     first,
-    target_row_ptr,
     weight_ptr,
     label_smoothing,
     logit_scale,
     softcap,
     WITH_ARGMAX: tl.constexpr,
-    EVICTION: tl.constexpr,
     TOTAL_CLASSES: tl.constexpr,
-    SOFT_TARGETS: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
     STEP: tl.constexpr,
@@ -35,7 +43,8 @@ def accumulate(
 
     The maximum m of x and the sum d of exp(x − m) run per group: 1 + 1/GROUP exponentials an element (after Milakov &
     Gimelshein 2018). A group is one thread's part of a row, so that no step synchronises, or a row of a tile.
-    cols: the columns of r, from first; from group to group they are STEP apart. inside: where they are read; None: all.
+    t: soft targets, or None. cols: the columns of r and t, from first; from group to group they are STEP apart. inside:
+    where they are read; None: all.
     """
     per_nat = per_nat_of(DTYPE)
     x, _ = transform(r, logit_scale, softcap)
@@ -44,14 +53,12 @@ def accumulate(
     # A group of only −inf must not make −inf − (−inf) = NaN.
     shift_by = tl.where(m_new == float("-inf"), 0.0, m_new)
     d = d * power((m - shift_by) * per_nat) + tl.sum(power((grouped - shift_by[:, None]) * per_nat), axis=1)
-    if uniform_mass(label_smoothing, weight_ptr, TOTAL_CLASSES, SOFT_TARGETS) is not None:
+    if uniform_mass(label_smoothing, weight_ptr, TOTAL_CLASSES, t is not None) is not None:
         # Σx is enough.
         x = x if inside is None else tl.where(inside, x, 0.0)
         qx += tl.sum(tl.reshape(x, [GROUPS, GROUP]), axis=1)
-    elif SOFT_TARGETS or label_smoothing is not None:
-        q = spread_mass(
-            cols, inside, target_row_ptr, weight_ptr, label_smoothing, EVICTION, TOTAL_CLASSES, SOFT_TARGETS, DTYPE
-        )
+    elif t is not None or label_smoothing is not None:
+        q = spread_mass(t, cols, inside, weight_ptr, label_smoothing, TOTAL_CLASSES, DTYPE)
         qx += tl.sum(tl.reshape(tl.where(q != 0, q * x, 0.0), [GROUPS, GROUP]), axis=1)
         q_sum += tl.sum(tl.reshape(q, [GROUPS, GROUP]), axis=1)
     if WITH_ARGMAX:
@@ -85,15 +92,21 @@ def statistics_block(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
     SHIFTED: tl.constexpr,
+    WIDE_TARGETS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
     """`accumulate` of one more block of a row, whose groups are GROUP neighbouring columns each."""
     r = load_logits(logits_row_ptr, start, shift, active, EDGE, EVICTION, N_CLASSES, BLOCK, GROUP, SHIFTED, DTYPE)
+    t = None
+    if SOFT_TARGETS:
+        t = load_targets(
+            target_row_ptr, start, shift, active, EDGE, EVICTION, N_CLASSES, BLOCK, GROUP, SHIFTED, WIDE_TARGETS, DTYPE
+        )
     cols = start + tl.arange(0, BLOCK) - shift
     return accumulate(
-        m, d, qx, q_sum, best, best_col, r, cols, active & (cols >= 0) & (cols < N_CLASSES) if EDGE else None,
-        start - shift, target_row_ptr, weight_ptr, label_smoothing, logit_scale, softcap, WITH_ARGMAX, EVICTION,
-        TOTAL_CLASSES, SOFT_TARGETS, BLOCK // GROUP, GROUP, GROUP, DTYPE,
+        m, d, qx, q_sum, best, best_col, r, t, cols, active & (cols >= 0) & (cols < N_CLASSES) if EDGE else None,
+        start - shift, weight_ptr, label_smoothing, logit_scale, softcap, WITH_ARGMAX, TOTAL_CLASSES, BLOCK // GROUP,
+        GROUP, GROUP, DTYPE,
     )  # fmt: skip
 
 
@@ -115,6 +128,7 @@ def row_statistics(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
     SHIFTED: tl.constexpr,
+    WIDE_TARGETS: tl.constexpr,
     UNROLL: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
@@ -132,7 +146,7 @@ def row_statistics(
         m, d, qx, q_sum, best, best_col = statistics_block(
             m, d, qx, q_sum, best, best_col, 0, logits_row_ptr, target_row_ptr, weight_ptr, shift, active,
             label_smoothing, logit_scale, softcap, WITH_ARGMAX, True, EVICTION, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS,
-            BLOCK, GROUP, SHIFTED, DTYPE,
+            BLOCK, GROUP, SHIFTED, WIDE_TARGETS, DTYPE,
         )  # fmt: skip
     # An end unknown to the compiler: with a known one it unrolls whole rows here, whose loads then hold all registers.
     # It must not be below the start either: the trip count of an unrolled loop is unsigned.
@@ -140,13 +154,13 @@ def row_statistics(
         m, d, qx, q_sum, best, best_col = statistics_block(
             m, d, qx, q_sum, best, best_col, start, logits_row_ptr, target_row_ptr, weight_ptr, shift, active,
             label_smoothing, logit_scale, softcap, WITH_ARGMAX, False, EVICTION, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS,
-            BLOCK, GROUP, SHIFTED, DTYPE,
+            BLOCK, GROUP, SHIFTED, WIDE_TARGETS, DTYPE,
         )  # fmt: skip
     for start in tl.static_range(FULL, END, BLOCK):
         m, d, qx, q_sum, best, best_col = statistics_block(
             m, d, qx, q_sum, best, best_col, start, logits_row_ptr, target_row_ptr, weight_ptr, shift, active,
             label_smoothing, logit_scale, softcap, WITH_ARGMAX, True, EVICTION, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS,
-            BLOCK, GROUP, SHIFTED, DTYPE,
+            BLOCK, GROUP, SHIFTED, WIDE_TARGETS, DTYPE,
         )  # fmt: skip
     return m, d, qx, q_sum, best, best_col
 
@@ -340,10 +354,10 @@ def store_block(
 @triton.jit
 def gradient(
     r,
+    t,
     cols,
     inside,
     label_place,
-    target_row_ptr,
     weight_ptr,
     label_mass,
     a,
@@ -353,13 +367,14 @@ def gradient(
     logit_scale,
     softcap,
     TOTAL_CLASSES: tl.constexpr,
-    SOFT_TARGETS: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
     STEP: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """dlogits_k = slope_k·(a·p_k − b·q_k) of raw logits r, with b = dloss; a masked class has none.
+    """dlogits_k = slope_k·(a·p_k − b·q_k) of raw logits r and soft targets t or None, with b = dloss.
+
+    A masked class has none.
 
     label_mass, a, dloss and lse are a row's, or columns of many rows'. label_place: the label's column, counted from
     the first; by groups as in `accumulate`, since a comparison of whole columns takes one instruction more.
@@ -373,17 +388,16 @@ def gradient(
     lse_high = lse * factor
     lse_low = tl.where(far, 0.0, tl.fma(lse, factor, -lse_high))
     dx = a * power(-lse_low) * power(tl.fma(x, factor, -lse_high))
-    label_place = label_place - tl.arange(0, GROUPS) * STEP
-    is_label = tl.reshape(label_place[:, None] == tl.arange(0, GROUP)[None, :], r.shape)
-    dx = tl.where(is_label, dx - dloss * label_mass, dx)
-    uniform = uniform_mass(label_smoothing, weight_ptr, TOTAL_CLASSES, SOFT_TARGETS)
+    if t is None:
+        label_place = label_place - tl.arange(0, GROUPS) * STEP
+        is_label = tl.reshape(label_place[:, None] == tl.arange(0, GROUP)[None, :], r.shape)
+        dx = tl.where(is_label, dx - dloss * label_mass, dx)
+    uniform = uniform_mass(label_smoothing, weight_ptr, TOTAL_CLASSES, t is not None)
     if uniform is not None:
         dx = tl.where(x == float("-inf"), dx, dx - dloss * uniform)
-    elif SOFT_TARGETS or label_smoothing is not None:
-        q = spread_mass(
-            cols, inside, target_row_ptr, weight_ptr, label_smoothing, "evict_first", TOTAL_CLASSES, SOFT_TARGETS, DTYPE
-        )
-        dx -= tl.where(x == float("-inf"), 0.0, dloss * q)
+    elif t is not None or label_smoothing is not None:
+        q = spread_mass(t, cols, inside, weight_ptr, label_smoothing, TOTAL_CLASSES, DTYPE)
+        dx = tl.fma(tl.where(x == float("-inf"), 0.0, -dloss), q, dx)
     if logit_scale is not None or softcap is not None:
         dx = dx * slope
     return dx
@@ -440,6 +454,7 @@ def store_gradient_block(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
     SHIFTED: tl.constexpr,
+    WIDE_TARGETS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """Writes dlogits, and dtarget where there is a pointer to it, of a block of a row.
@@ -452,10 +467,15 @@ def store_gradient_block(
     r = load_logits(
         logits_row_ptr, start, shift, active, EDGE, "evict_first", N_CLASSES, BLOCK, GROUP, SHIFTED, DTYPE
     )  # fmt: skip
+    t = None
+    if SOFT_TARGETS:
+        t = load_targets(
+            target_row_ptr, start, shift, active, EDGE, "evict_first", N_CLASSES, BLOCK, GROUP, SHIFTED, WIDE_TARGETS,
+            DTYPE,
+        )  # fmt: skip
     dx = gradient(
-        r, cols, inside & active if EDGE else None, label_column + shift - start, target_row_ptr, weight_ptr,
-        label_mass, a, dloss, lse, label_smoothing, logit_scale, softcap, TOTAL_CLASSES, SOFT_TARGETS, BLOCK // GROUP,
-        GROUP, GROUP, DTYPE,
+        r, t, cols, inside & active if EDGE else None, label_column + shift - start, weight_ptr, label_mass, a, dloss,
+        lse, label_smoothing, logit_scale, softcap, TOTAL_CLASSES, BLOCK // GROUP, GROUP, GROUP, DTYPE,
     )  # fmt: skip
     dlogits = dx.to(dlogits_row_ptr.dtype.element_ty)
     store_block(dlogits_row_ptr, dlogits, start, shift, EDGE, N_CLASSES, WIDE_STORES, BLOCK, GROUP, SHIFTED)

@@ -16,7 +16,7 @@ This module imports triton, so nothing but a launch may import it.
 import triton
 import triton.language as tl
 
-from ce_kernels.elements import overlap, row_target, scalar, uniform_mass
+from ce_kernels.elements import load_columns, overlap, row_target, scalar, uniform_mass
 from ce_kernels.passes import accumulate, gradient, store_statistics, store_target_gradient, upstream
 
 
@@ -129,10 +129,13 @@ def tile_statistics(
             rows_ptr, start, class_stride, present, active, EVICTION, N_CLASSES, ROWS, BLOCK, ROW_A_THREAD, DTYPE
         )  # fmt: skip
         cols = tile_columns(start, ROWS, BLOCK)
+        inside = tile_mask(active, start, N_CLASSES, ROWS, BLOCK)
+        t = None
+        if SOFT_TARGETS:
+            t = load_columns(target_rows_ptr, cols, inside, EVICTION).to(DTYPE)
         m, d, qx, q_sum, best, best_col = accumulate(
-            m, d, qx, q_sum, best, best_col, r, cols, tile_mask(active, start, N_CLASSES, ROWS, BLOCK), start,
-            target_rows_ptr, weight_ptr, label_smoothing, logit_scale, softcap, WITH_ARGMAX, EVICTION, TOTAL_CLASSES,
-            SOFT_TARGETS, ROWS, BLOCK, 0, DTYPE,
+            m, d, qx, q_sum, best, best_col, r, t, cols, inside, start, weight_ptr, label_smoothing, logit_scale,
+            softcap, WITH_ARGMAX, TOTAL_CLASSES, ROWS, BLOCK, 0, DTYPE,
         )  # fmt: skip
     # A row that is not read has lse 0.
     d = tl.where(active, d, 1.0)
@@ -168,10 +171,12 @@ def store_tile_gradient(
     """Writes dlogits, and dtarget where there are pointers to it, of raw logits r, the classes from start on."""
     cols = tile_columns(start, ROWS, BLOCK)
     inside = tile_mask(present, start, N_CLASSES, ROWS, BLOCK)
+    t = None
+    if SOFT_TARGETS:
+        t = load_columns(target_rows_ptr, cols, inside & active[:, None], "evict_first").to(DTYPE)
     dx = gradient(
-        r, cols, inside & active[:, None], label_column - start, target_rows_ptr, weight_ptr, label_mass[:, None],
-        a[:, None], dloss[:, None], lse[:, None], label_smoothing, logit_scale, softcap, TOTAL_CLASSES, SOFT_TARGETS,
-        ROWS, BLOCK, 0, DTYPE,
+        r, t, cols, inside & active[:, None], label_column - start, weight_ptr, label_mass[:, None], a[:, None],
+        dloss[:, None], lse[:, None], label_smoothing, logit_scale, softcap, TOTAL_CLASSES, ROWS, BLOCK, 0, DTYPE,
     )  # fmt: skip
     ptrs = tile_ptrs(dlogits_rows_ptr, start, dlogits_class_stride, BLOCK)
     tl.store(ptrs, dx.to(dlogits_rows_ptr.dtype.element_ty), mask=inside, cache_modifier=".cs")

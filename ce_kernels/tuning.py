@@ -58,18 +58,30 @@ FUSED_IN_PLACE = (
     (2 * 65536, Config(16384, 32, max_registers=32)),  # 8192×50304: 1.07; 4096×65536: 1.08
     LONGEST,
 )
-# Rows that start between 16-byte boundaries take registers of their own.
+# Rows that start between 16-byte boundaries take registers of their own. Out of place, and in place.
 FUSED_SHIFTED = (
-    SHORT[0],
-    (2 * 4096, Config(1024, 2, unroll=2)),
-    (2 * 12288, Config(2048, 4, unroll=2)),
-    (2 * 20480, Config(4096, 8, unroll=4, backwards=True)),
-    (2 * 65536, Config(4096, 16, unroll=5, max_registers=48)),  # 8192×50257: 1.20, in place 1.18
+    (2 * 1024, Config(512, 1, max_registers=56)),  # 65536×1001: 1.30, 1.35
+    (2 * 2304, Config(512, 1, backwards=True, max_registers=40)),  # 65536×1501: 1.27, 1.35; 65536×2001: 1.14, 1.22
+    (2 * 4096, Config(1024, 1, unroll=2, max_registers=48)),  # 32768×3001: 1.13, 1.29
+    (2 * 8192, Config(1024, 4, backwards=True, max_registers=40)),  # 16384×5001: 1.15, 1.18; 16384×7001: 1.10, 1.15
+    (2 * 13312, Config(1024, 4, unroll=5, backwards=True)),  # 16384×9001: 1.10, 1.12; 16384×12001: 1.11, 1.14
+    (2 * 28672, Config(2048, 8, unroll=5, backwards=True)),  # 8192×20001: 1.13, 1.15; 8192×25001: 1.16, 1.18
+    (2 * 36864, Config(4096, 16, unroll=5)),  # 8192×31001: 1.14, 1.31
+    (2 * 45056, Config(4096, 16, unroll=6, backwards=True)),  # 8192×40001: 1.12, 1.24
+    (2 * 57344, Config(4096, 16, unroll=5, max_registers=48)),  # 8192×50257: 1.19, 1.18
+    (2 * 65536, Config(4096, 16, unroll=6, backwards=True)),  # 4096×62001: 1.28, 1.33
     LONGEST,
 )
-# The sum of x takes registers. In place and out of it.
+# The sum of x takes registers.
 FUSED_SHIFTED_SMOOTHED = (
-    *FUSED_SHIFTED[:4],
+    (2 * 1024, Config(512, 1, backwards=True)),  # 65536×1001: 1.72, 1.76
+    (2 * 2304, Config(512, 1, backwards=True, max_registers=48)),  # 65536×2001: 1.24, 1.30
+    (2 * 4096, Config(1024, 2, backwards=True, max_registers=48)),  # 32768×3001: 1.34, 1.39
+    (2 * 8192, Config(1024, 4, unroll=3, max_registers=48)),  # 16384×7001: 1.22, 1.24
+    (2 * 14336, Config(1024, 4, unroll=3)),  # 16384×12001: 1.17, 1.18
+    (2 * 24576, Config(2048, 8, max_registers=48)),  # 8192×20001: 1.16, 1.16
+    (2 * 34816, Config(2048, 8, backwards=True)),  # 8192×31001: 1.29, 1.31
+    (2 * 45056, Config(4096, 16, unroll=3, backwards=True)),  # 8192×40001: 1.23, 1.19
     (2 * 65536, Config(4096, 16, unroll=5, max_registers=56)),  # 8192×50257: 1.23, 1.25
     LONGEST,
 )
@@ -81,10 +93,24 @@ FUSED_SMOOTHED = (
     (2 * 65536, Config(4096, 16, unroll=4, max_registers=64)),  # 8192×50304: 1.10, 1.10; 4096×65536: 1.12, 1.13
     LONGEST,
 )
-# Rows of logits and rows of soft targets: of reading both and writing one.
+# Rows of logits and rows of soft targets, whose bytes count too; reading both and writing one takes 1.44.
 FUSED_SOFT = (
-    *FUSED_SHIFTED[:3],
-    (2 * 65536, Config(8192, 16, unroll=2, max_registers=64)),  # 8192×32000: 1.09
+    (4 * 1024, Config(512, 1)),  # 131072×512: 1.51; 65536×1000: 1.50
+    (4 * 3072, Config(1024, 2, max_registers=48)),  # 65536×2000: 1.50
+    (4 * 4096, Config(1024, 4, unroll=2, max_registers=48)),  # 32768×4096: 1.48
+    (4 * 7168, Config(2048, 4, unroll=2, max_registers=48)),  # 16384×6000: 1.53
+    (4 * 10240, Config(2048, 8, unroll=2, backwards=True, max_registers=48)),  # 16384×8192: 1.48
+    (4 * 14336, Config(4096, 8, backwards=True, max_registers=48)),  # 8192×12000: 1.56
+    (4 * 20480, Config(4096, 16, unroll=3, backwards=True, max_registers=64)),  # 8192×16384: 1.51
+    (4 * 32768, Config(8192, 16, unroll=2, max_registers=64)),  # 8192×24000: 1.52; 8192×32000: 1.56
+    LONGEST,
+)
+FUSED_SOFT_SHIFTED = (
+    FUSED_SOFT[0],  # 65536×1001: 2.27
+    (4 * 4096, Config(2048, 4, max_registers=56)),  # 32768×3001: 1.88
+    (4 * 12288, Config(1024, 4, unroll=2)),  # 16384×9001: 1.89
+    (4 * 24576, Config(2048, 8, unroll=2, max_registers=56)),  # 8192×18001: 1.94
+    (4 * 81920, Config(4096, 16, unroll=2, backwards=True, max_registers=64)),  # 8192×31001: 1.92; 8192×50257: 2.21
     LONGEST,
 )
 # A row spread over neighbouring multiprocessors: fewer rows in flight, so that the second read finds them in L2.
@@ -110,20 +136,37 @@ FUSED_CLUSTERS_SMOOTHED_IN_PLACE = (
     *FUSED_CLUSTERS_SMOOTHED[1:],
 )
 FUSED_CLUSTERS_SOFT = (
-    (4 * 200000, Config(32768, 8, 8, unroll=3, backwards=True, max_registers=64)),  # 128256: 1.25; 151936: 1.26
-    (None, Config(65536, 16, 8, unroll=2, backwards=True, max_registers=64)),  # 2048×262144: 1.37
+    (4 * 81920, Config(16384, 4, 8, unroll=3, max_registers=64)),  # 8192×50304: 1.81; 4096×65536: 1.64
+    (4 * 200000, Config(32768, 8, 8, unroll=3, backwards=True, max_registers=64)),  # 128256: 1.78; 151936: 1.80
+    (None, Config(65536, 16, 8, unroll=2, backwards=True, max_registers=64)),  # 2048×262144: 1.95
+)
+FUSED_CLUSTERS_SOFT_SHIFTED = (
+    FUSED_SOFT_SHIFTED[4],
+    (4 * 200000, Config(16384, 8, 8, unroll=2, backwards=True, max_registers=64)),  # 4096×128257: 2.21
+    FUSED_CLUSTERS_SOFT[-1],
 )
 STATS = (
     (2 * 1024, Config(1024, 1)),  # 65536×1000: 0.92 of a training step's copy
-    (2 * 16384, Config(1024, 4)),  # 16384×8192: 0.50
-    (2 * 200000, Config(2048, 4)),  # 8192×32000: 0.49; 8192×50304: 0.50; 4096×128256: 0.48
-    (None, Config(2048, 8)),  # 2048×262144: 0.48
+    (2 * 3072, Config(512, 2, unroll=4)),  # 65536×2048: 0.51
+    (2 * 6144, Config(512, 2)),  # 32768×4096: 0.51
+    (2 * 12288, Config(1024, 4)),  # 16384×8192: 0.51
+    (2 * 20480, Config(2048, 8)),  # 16384×16384: 0.48
+    (2 * 40000, Config(8192, 16)),  # 8192×32000: 0.49
+    (2 * 81920, Config(4096, 8, unroll=4)),  # 8192×50304: 0.48; 4096×65536: 0.49
+    (2 * 200000, Config(8192, 16, unroll=2)),  # 4096×128256: 0.47; 4096×151936: 0.47
+    (None, Config(4096, 16, unroll=4)),  # 2048×262144: 0.47
 )
-STATS_SHIFTED = (*STATS[:2], (None, Config(2048, 8)))  # 8192×50257: 0.49
-STATS_FEW_ROWS = ((None, Config(16384, 8, 8)),)  # 32×128256
+STATS_SHIFTED = (
+    (2 * 12288, Config(1024, 1)),  # 65536×2001: 0.55; 16384×5001: 0.57; 16384×9001: 0.53
+    (2 * 24576, Config(2048, 4)),  # 8192×18001: 0.53
+    (2 * 40000, Config(4096, 4, unroll=4)),  # 8192×31001: 0.50
+    (None, Config(2048, 8)),  # 8192×50257: 0.49
+)
+STATS_FEW_ROWS = ((None, Config(16384, 8, 8)),)  # 32×128256: 1.19 of a copy that stays in L2; 64×262144: 0.85
 GRAD = (
-    (2 * 1024, Config(1024, 1)),
-    (None, Config(2048, 2)),  # 16384×8192: 1.05; 8192×32000: 1.05; 8192×50257: 1.14; 4096×128256: 1.03
+    (2 * 1024, Config(1024, 1)),  # 65536×1000: 1.07; 65536×1001: 1.13
+    (2 * 20480, Config(2048, 2)),  # 65536×2048: 1.05; 16384×8192: 1.05
+    (None, Config(1024, 1)),  # 8192×32000: 1.05; 8192×50257: 1.18; 4096×128256: 1.04
 )
 # Rows up to which a program takes many, in bytes.
 TILED = {"stats": 2 * 1024, "fused": 2 * 512, "grad": 2 * 512}
@@ -187,6 +230,8 @@ def choose(kernel: str, problem: Problem, *, in_place: bool = False) -> Config:
         alone, clusters = (FUSED_IN_PLACE, FUSED_CLUSTERS_IN_PLACE) if in_place else (FUSED, FUSED_CLUSTERS)
         if problem.soft_targets:
             alone, clusters = FUSED_SOFT, FUSED_CLUSTERS_SOFT
+            if problem.shifted:
+                alone, clusters = FUSED_SOFT_SHIFTED, FUSED_CLUSTERS_SOFT_SHIFTED
         elif problem.label_smoothing:
             alone = FUSED_SHIFTED_SMOOTHED if problem.shifted else FUSED_SMOOTHED
             clusters = FUSED_CLUSTERS_SMOOTHED_IN_PLACE if in_place else FUSED_CLUSTERS_SMOOTHED

@@ -73,6 +73,33 @@ def test_predicted_takes_the_lowest_of_equals(frontend):
     assert frontend.numpy(rows.predicted).tolist() == [0, 300, 699]
 
 
+@pytest.mark.parametrize(
+    "place",
+    {
+        "as_the_logits": lambda t: t,
+        "between_boundaries": lambda t: torch.cat([t.flatten()[:1], t.flatten()])[1:].view_as(t),
+        "rows_further_apart": lambda t: torch.cat([t, t[:, :3]], 1)[:, : t.shape[1]],
+        "float32": lambda t: t.float(),
+        "float64": lambda t: t.double(),
+    }.items(),
+    ids=lambda place: place[0],
+)
+@pytest.mark.parametrize("n_classes", [1101, 1104])
+def test_soft_targets_lie_anywhere(place, n_classes):
+    """Rows of logits between 16-byte boundaries, and of soft targets there or elsewhere."""
+    device = "cuda" if HAS_GPU else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    logits, target = torch.randn(2, 5, n_classes, generator=generator).bfloat16().to(device)
+    target = place[1](target.float().softmax(-1).bfloat16())
+    leaf = logits.requires_grad_()
+    for reduction in ("none", "mean"):
+        found = torch_api.cross_entropy(leaf, target, reduction=reduction, implementation="triton")
+        right = F.cross_entropy(leaf.double(), target.double(), reduction=reduction)
+        torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-5)
+        (gradient,), (expected,) = (torch.autograd.grad(loss.sum(), leaf) for loss in (found, right))
+        torch.testing.assert_close(gradient, expected, rtol=2.0**-7, atol=1e-7)
+
+
 @each_frontend
 @pytest.mark.parametrize("kind", ["number", "array", "integer_array"])
 def test_denominator(frontend, kind):

@@ -38,8 +38,8 @@ def calls(monkeypatch):
     return calls
 
 
-def alone(*arguments, constants=(8,), num_warps=4):
-    launch.run_alone("mean_kernel", 1, arguments, constants, num_warps)
+def alone(*arguments, constants=(8,), **options):
+    launch.run_alone("mean_kernel", 1, arguments, constants, **{"num_warps": 4} | options)
 
 
 def test_the_same_kind_of_arguments_is_searched_for_once(calls):
@@ -64,6 +64,7 @@ MEMORY = torch.zeros(64)
         "a long integer": ((MEMORY, None, 2**31), {}),
         "constants": ((MEMORY, None, 48), {"constants": (16,)}),
         "warps": ((MEMORY, None, 48), {"num_warps": 8}),
+        "multiprocessors": ((MEMORY, None, 48), {"num_ctas": 8}),
     }.values(),
 )
 def test_another_kind_of_arguments_is_searched_for(calls, arguments, changed):

@@ -167,13 +167,13 @@ def _readable(inputs: Inputs) -> Inputs:
     return inputs if logits is inputs.logits and target is inputs.target else Inputs(logits, target, weight)
 
 
-def _target_stride(target: Tensor) -> int | None:
-    """The row stride of soft targets; None for class indices, which are contiguous."""
+def _soft_rows(target: Tensor) -> tuple[int, bool] | None:
+    """The row stride of soft targets, and whether they start on a 16-byte boundary; None for class indices."""
     if not target.is_floating_point():
         return None
     levels = layout.row_levels(target.shape, target.stride())
     assert levels is not None
-    return levels.stride
+    return levels.stride, target.data_ptr() % 16 == 0
 
 
 def _row_outputs(call: "_Call", logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,7 +196,7 @@ def _arrays(inputs: Inputs) -> tuple:
     logits, target, _ = inputs
     # Does it start on a 16-byte boundary?
     aligned = logits.data_ptr() % 16 == 0
-    return logits.shape, logits.stride(), logits.dtype, logits.device, aligned, _target_stride(target)
+    return logits.shape, logits.stride(), logits.dtype, logits.device, aligned, _soft_rows(target)
 
 
 @lru_cache
@@ -249,18 +249,19 @@ def _plan_fused(arrays: tuple, spec: RowSpec, in_place: bool) -> _Call:
 
 
 def _problem(arrays: tuple, spec: RowSpec) -> Problem:
-    shape, strides, dtype, device, aligned, target_stride = arrays
+    shape, strides, dtype, device, aligned, soft_rows = arrays
     levels = layout.row_levels(shape, strides)
     assert levels is not None
     gradient = layout.gradient_levels(shape, strides)
-    soft, smoothed = target_stride is not None, bool(spec.options.label_smoothing)
+    soft, smoothed = soft_rows is not None, bool(spec.options.label_smoothing)
+    target_stride, target_aligned = soft_rows or (1, True)
     return Problem(
         n_rows=math.prod(shape[:-1]),
         n_classes=shape[-1],
         logits_dtype=_name(dtype),
         soft_targets=soft,
         logits_stride=levels.stride,
-        target_stride=1 if target_stride is None else target_stride,
+        target_stride=target_stride,
         total_classes=spec.total_classes or shape[-1],
         rows_inner=levels.rows_inner,
         logits_outer_stride=levels.outer_stride,
@@ -269,6 +270,7 @@ def _problem(arrays: tuple, spec: RowSpec) -> Problem:
         class_stride=levels.class_stride,
         dlogits_class_stride=gradient.class_stride,
         aligned=aligned,
+        target_aligned=target_aligned,
         clusters=has_clusters(_capability(device), spread=soft or smoothed),
         overlapped=has_overlap(_capability(device)),
         softcap=spec.options.softcap is not None,
@@ -320,20 +322,25 @@ def kernel(name: str) -> Any:
     return getattr(kernels, name)
 
 
-def run_alone(name: str, programs: int, arguments: tuple, constants: tuple, num_warps: int) -> None:
+def clusters(device: torch.device) -> bool:
+    """Whether a program that sums may span several multiprocessors."""
+    return has_clusters(_capability(device), spread=True)
+
+
+def run_alone(name: str, programs: int, arguments: tuple, constants: tuple, num_warps: int, num_ctas: int = 1) -> None:
     """`run_kernel` for the kernels around the rows', which begin while the launch before them ends."""
-    constants, options, compiled = _plan_alone(name, arguments[0].device, constants, num_warps)
+    constants, options, compiled = _plan_alone(name, arguments[0].device, constants, num_warps, num_ctas)
     looked_at = tuple([_looked_at(x) for x in arguments])
     run_kernel(name, (programs, 1, 1), (*arguments, *constants), options, compiled, looked_at)
 
 
 @lru_cache
 def _plan_alone(
-    name: str, device: torch.device, constants: tuple, num_warps: int
+    name: str, device: torch.device, constants: tuple, num_warps: int, num_ctas: int
 ) -> tuple[tuple, dict[str, Any], _Compiled]:
     """All the kernel's constants, the compiler's options, and room for what Triton compiles."""
     overlapped = has_overlap(_capability(device))
-    options = {"num_warps": num_warps, "enable_fp_fusion": False}
+    options = {"num_warps": num_warps, "num_ctas": num_ctas, "enable_fp_fusion": False}
     if overlapped:
         options["launch_pdl"] = True
     return (*constants, overlapped), options, {}

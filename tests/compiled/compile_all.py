@@ -48,6 +48,7 @@ def compile_launch(launch, problem, options, weighted, loss_types, target):
             check_end_of_cluster(compiled.asm["ptx"])
     if {"logits_outer_stride", "logits_class_stride"} & set(levels) and target.backend == "cuda":
         assert re.search(r"ld\.global[^\n]*\.v4\.b32", compiled.asm["ptx"]), "narrow loads"
+    return compiled.asm.get("ptx")
 
 
 def waits_before_it_reads(ptx):
@@ -65,12 +66,12 @@ def check_end_of_cluster(ptx):
     assert set(events[leave + 1 :]) <= {"barrier.cluster.arrive", "barrier.cluster.wait"}
 
 
-def compile_alone(name, types, constants, target):
+def compile_alone(name, types, constants, target, num_ctas=1):
     """A kernel around the rows', which overlaps with the launch before it."""
     kernel = getattr(kernels, name)
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     constants = dict.fromkeys((name for name, kind in signature.items() if kind == "constexpr")) | constants
-    options = {"num_warps": 16, "enable_fp_fusion": False, "launch_pdl": True}
+    options = {"num_warps": 16, "num_ctas": num_ctas, "enable_fp_fusion": False, "launch_pdl": True}
     compiled = triton.compile(ASTSource(kernel, signature, constants | {"OVERLAPPED": True}), target, options)
     assert waits_before_it_reads(compiled.asm["ptx"])
 
@@ -113,6 +114,13 @@ for target in TARGETS[1:3]:
         assert launch.config.num_ctas > 1
         compile_launch(launch, problem, options, False, {"denominator_ptr": "*fp32"}, target)
         count += 1
+# Rows of soft targets that start between 16-byte boundaries as those of the logits do.
+n = 9001
+problem = Problem(1024, n, "bfloat16", True, n, n, n, overlapped=True)
+for launch, extra in launches(problem, PLAIN, False):
+    ptx = compile_launch(launch, problem, PLAIN, False, extra, TARGETS[1])
+    assert not re.search(r"ld\.global[^\n]*\.b16", ptx), "loads of one element"
+    count += 1
 # Tiles: short rows with every option, with soft targets, of odd lengths; classes that lie apart, in groups of rows.
 n, inner = 21, 2**16
 apart = Problem(8 * inner, n, "bfloat16", False, 1, 1, n, inner, n * inner, 1, n * inner, inner, inner)
@@ -140,9 +148,11 @@ for target in TARGETS[:3]:
 for target in TARGETS[1:3]:
     sums = {"values_ptr": "*fp32", "divisor_ptr": "*fp32", "out_ptr": "*fp32", "n": "i32"}
     compile_alone("mean_kernel", sums, {"SUM_DIVISOR": True, "BLOCK": 4096}, target)
+    compile_alone("mean_kernel", sums, {"SUM_DIVISOR": True, "BLOCK": 32768}, target, num_ctas=8)
     labels = {"target_ptr": "*i64", "ignore_index": "i32", "out_ptr": "*fp32", "n": "i32", "n_classes": "i32"}
     compile_alone("divisor_kernel", labels, {"BLOCK": 4096}, target)
+    compile_alone("divisor_kernel", labels, {"BLOCK": 32768}, target, num_ctas=8)
     values = {"values_ptr": "*bf16", "scale_ptr": "*fp32", "n": "i32"}
     compile_alone("scale_kernel", values, {"BLOCK": 16384}, target)
-    count += 3
+    count += 5
 print(json.dumps({"compiled": count}))
