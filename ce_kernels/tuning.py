@@ -32,33 +32,54 @@ class Config:
 
 # (longest row in bytes, configuration); behind each row the kernel's time as a multiple of copying the logits once.
 # NVIDIA H200, bf16, Triton 3.9, torch 2.11, November 2026: the best of sweeps as `python -m benchmarks tune` makes.
-SHORT = (
-    (2 * 1024, Config(1024, 1)),  # 65536×1000: 1.08; with the gradient over the logits 1.11
-    (2 * 3072, Config(1024, 2, unroll=2)),  # 65536×2048: 1.03, 1.10
-)
+# Where two follow each other, the second is in place: the gradient over the logits.
 LONGEST = (None, Config(16384, 32, unroll=3, backwards=True, max_registers=32))  # 4096×128256 with a soft cap: 1.88
+SHORT = (
+    (2 * 1024, Config(1024, 1)),  # 65536×1000: 1.08, 1.11
+    (2 * 1280, Config(512, 1, unroll=2, backwards=True, max_registers=40)),  # 223232×1200: 1.11, 1.15
+    (2 * 1792, Config(512, 1, unroll=3, backwards=True)),  # 174080×1536: 1.02, 1.06
+)
 FUSED = (
     *SHORT,
-    (2 * 6144, Config(2048, 4, unroll=2)),  # 32768×4096: 1.02
-    (2 * 12288, Config(4096, 8, unroll=2)),  # 16384×8192: 1.01
-    (2 * 20480, Config(4096, 8, unroll=2, backwards=True)),  # 16384×16384: 1.02
-    # 8192×32000: 1.03. Without the limit JAX's launch, whose labels are 4 bytes, takes 44 registers.
-    (2 * 40000, Config(8192, 16, unroll=3, backwards=True, max_registers=40)),
-    (2 * 57344, Config(8192, 32, unroll=4, max_registers=32)),  # 8192×50304: 1.06
+    (2 * 2816, Config(1024, 2, unroll=2)),  # 65536×2048: 1.03; 104448×2560: 1.03
+    (2 * 3840, Config(1024, 4, unroll=3, backwards=True, max_registers=32)),  # 87040×3072: 1.01; 74752×3584: 1.01
+    (2 * 5632, Config(2048, 4, unroll=2)),  # 32768×4096: 1.02; 52224×5120: 1.01
+    (2 * 7680, Config(1024, 4, unroll=3, backwards=True, max_registers=40)),  # 43008×6144: 1.01; 36864×7168: 1.01
+    (2 * 11264, Config(4096, 8, unroll=2)),  # 16384×8192: 1.01; 25600×10240: 1.01
+    (2 * 15360, Config(2048, 8, unroll=3, backwards=True, max_registers=40)),  # 21504×12288: 1.00; 18432×14336: 1.01
+    (2 * 17408, Config(4096, 8, unroll=2, backwards=True)),  # 16384×16384: 1.02
+    (2 * 19456, Config(4096, 16, unroll=4, backwards=True, max_registers=32)),  # 14336×18432: 1.04
+    (2 * 23552, Config(4096, 16, unroll=3, backwards=True, max_registers=32)),  # 12288×20480: 1.00; 11264×22528: 1.03
+    # 10240×24576: 1.03; 9216×28672: 1.03; 8192×32000: 1.03. With JAX's labels of 4 bytes it would take 44 registers.
+    (2 * 34816, Config(8192, 16, unroll=3, backwards=True, max_registers=40)),
+    (2 * 38912, Config(8192, 16, unroll=4, backwards=True, max_registers=40)),  # 7168×36864: 1.03
+    # 6144×40960: 1.06; 5120×45056: 1.09; 8192×50304: 1.06; 4096×53248: 1.08
+    (2 * 55296, Config(8192, 32, unroll=4, max_registers=32)),
+    (2 * 58368, Config(8192, 32, max_registers=32)),  # 4096×57344: 1.05
+    (2 * 63488, Config(8192, 32, unroll=5, backwards=True, max_registers=32)),  # 4096×61440: 1.11
     (2 * 65536, Config(16384, 32, unroll=4, max_registers=32)),  # 4096×65536: 1.05
     LONGEST,
 )
-# The gradient over the logits.
 FUSED_IN_PLACE = (
     *SHORT,
-    (2 * 6144, Config(1024, 2, unroll=4)),  # 32768×4096: 1.06
-    (2 * 12288, Config(2048, 4, unroll=2)),  # 16384×8192: 1.06
-    (2 * 20480, Config(4096, 16, unroll=2)),  # 16384×16384: 1.07
-    (2 * 40000, Config(8192, 16, unroll=3, backwards=True, max_registers=40)),  # 8192×32000: 1.05
-    (2 * 65536, Config(16384, 32, max_registers=32)),  # 8192×50304: 1.07; 4096×65536: 1.08
+    (2 * 3328, Config(1024, 2, unroll=2)),  # 65536×2048: 1.10; 104448×2560: 1.05; 87040×3072: 1.04
+    (2 * 5632, Config(1024, 2, unroll=4)),  # 74752×3584: 1.04; 32768×4096: 1.06; 52224×5120: 1.07
+    (2 * 7680, Config(2048, 4, unroll=2, backwards=True)),  # 43008×6144: 1.04; 36864×7168: 1.04
+    (2 * 9216, Config(2048, 4, unroll=2)),  # 16384×8192: 1.06
+    # 21504×12288: 1.07; 18432×14336: 1.06; 14336×18432: 1.07
+    (2 * 19456, Config(2048, 8, unroll=2, backwards=True, max_registers=40)),
+    (2 * 21504, Config(4096, 16, unroll=2)),  # 12288×20480: 1.06
+    (2 * 23552, Config(4096, 16, unroll=3, backwards=True, max_registers=32)),  # 11264×22528: 1.09
+    # 10240×24576: 1.08; 9216×28672: 1.07; 8192×32000: 1.05
+    (2 * 34816, Config(8192, 16, unroll=3, backwards=True, max_registers=40)),
+    (2 * 38912, Config(8192, 16, unroll=4, backwards=True, max_registers=40)),  # 7168×36864: 1.07
+    (2 * 47104, Config(8192, 16, unroll=5, backwards=True, max_registers=40)),  # 5120×45056: 1.09
+    (2 * 58368, Config(16384, 32, max_registers=32)),  # 8192×50304: 1.07; 4096×53248: 1.08; 4096×57344: 1.08
+    (2 * 63488, Config(8192, 32, unroll=5, backwards=True, max_registers=32)),  # 4096×61440: 1.14
+    (2 * 65536, Config(16384, 32, max_registers=32)),  # 4096×65536: 1.08
     LONGEST,
 )
-# Rows that start between 16-byte boundaries take registers of their own. Out of place, and in place.
+# Rows that start between 16-byte boundaries take registers of their own.
 FUSED_SHIFTED = (
     (2 * 1024, Config(512, 1, max_registers=56)),  # 65536×1001: 1.30, 1.35
     (2 * 2304, Config(512, 1, backwards=True, max_registers=40)),  # 65536×1501: 1.27, 1.35; 65536×2001: 1.14, 1.22
@@ -86,87 +107,131 @@ FUSED_SHIFTED_SMOOTHED = (
     LONGEST,
 )
 FUSED_SMOOTHED = (
-    *FUSED[:3],
-    (2 * 12288, Config(2048, 4, unroll=3)),  # 16384×8192: 1.06, 1.07
-    FUSED[4],  # 16384×16384: 1.03, 1.10
-    (2 * 40000, Config(4096, 16, unroll=4, max_registers=40)),  # 8192×32000: 1.07, 1.12
-    (2 * 65536, Config(4096, 16, unroll=4, max_registers=64)),  # 8192×50304: 1.10, 1.10; 4096×65536: 1.12, 1.13
+    (2 * 1024, Config(1024, 1)),  # 65536×1000: 1.29
+    (2 * 3328, Config(1024, 2, unroll=2)),  # 174080×1536: 1.14, 1.14; 87040×3072: 1.02, 1.05
+    (2 * 6656, Config(2048, 4, unroll=2)),  # 32768×4096: 1.08; 43008×6144: 1.01, 1.06
+    (2 * 12288, Config(2048, 4, unroll=3)),  # 16384×8192: 1.06, 1.07; 21504×12288: 1.14, 1.13
+    (2 * 20480, Config(4096, 8, unroll=2, backwards=True)),  # 16384×16384: 1.03, 1.10; 12288×20480: 1.18, 1.18
+    (2 * 40000, Config(4096, 16, unroll=4, max_registers=40)),  # 10240×24576: 1.14, 1.17; 8192×32000: 1.07, 1.12
+    # 6144×40960: 1.26, 1.27; 8192×50304: 1.10, 1.10; 4096×57344: 1.20, 1.26; 4096×65536: 1.12, 1.13
+    (2 * 65536, Config(4096, 16, unroll=4, max_registers=64)),
     LONGEST,
 )
 # Rows of logits and rows of soft targets, whose bytes count too; reading both and writing one takes 1.44.
 FUSED_SOFT = (
-    (4 * 1024, Config(512, 1)),  # 131072×512: 1.51; 65536×1000: 1.50
-    (4 * 3072, Config(1024, 2, max_registers=48)),  # 65536×2000: 1.50
-    (4 * 4096, Config(1024, 4, unroll=2, max_registers=48)),  # 32768×4096: 1.48
-    (4 * 7168, Config(2048, 4, unroll=2, max_registers=48)),  # 16384×6000: 1.53
-    (4 * 10240, Config(2048, 8, unroll=2, backwards=True, max_registers=48)),  # 16384×8192: 1.48
-    (4 * 14336, Config(4096, 8, backwards=True, max_registers=48)),  # 8192×12000: 1.56
-    (4 * 20480, Config(4096, 16, unroll=3, backwards=True, max_registers=64)),  # 8192×16384: 1.51
-    (4 * 32768, Config(8192, 16, unroll=2, max_registers=64)),  # 8192×24000: 1.52; 8192×32000: 1.56
+    (4 * 1792, Config(512, 1)),  # 131072×512: 1.51; 65536×1000: 1.50; 178176×1500: 1.52
+    (4 * 3072, Config(1024, 2, backwards=True, max_registers=48)),  # 65536×2000: 1.50; 106496×2500: 1.54
+    (4 * 3840, Config(1024, 2, backwards=True)),  # 75776×3500: 1.59
+    (4 * 4608, Config(1024, 4, unroll=2, max_registers=48)),  # 32768×4096: 1.48
+    # 53248×5000: 1.51; 16384×6000: 1.53; 37888×7000: 1.65
+    (4 * 7168, Config(2048, 4, unroll=2, max_registers=48)),
+    (4 * 10240, Config(2048, 8, unroll=2, backwards=True, max_registers=48)),  # 16384×8192: 1.48; 26624×10000: 1.54
+    (4 * 12800, Config(4096, 8, backwards=True, max_registers=48)),  # 8192×12000: 1.56
+    (4 * 15360, Config(4096, 8, unroll=2, backwards=True, max_registers=64)),  # 18432×14000: 1.53
+    (4 * 17408, Config(4096, 16, unroll=3, backwards=True, max_registers=64)),  # 8192×16384: 1.51
+    (4 * 19456, Config(4096, 16, unroll=4, backwards=True, max_registers=64)),  # 14336×18000: 1.66
+    # 13312×20000: 1.58; 8192×24000: 1.52; 8192×32000: 1.56; 8192×40960: 1.68
+    (4 * 43008, Config(8192, 16, unroll=2, backwards=True, max_registers=64)),
     LONGEST,
 )
 FUSED_SOFT_SHIFTED = (
-    FUSED_SOFT[0],  # 65536×1001: 2.27
-    (4 * 4096, Config(2048, 4, max_registers=56)),  # 32768×3001: 1.88
-    (4 * 12288, Config(1024, 4, unroll=2)),  # 16384×9001: 1.89
-    (4 * 24576, Config(2048, 8, unroll=2, max_registers=56)),  # 8192×18001: 1.94
-    (4 * 81920, Config(4096, 16, unroll=2, backwards=True, max_registers=64)),  # 8192×31001: 1.92; 8192×50257: 2.21
+    (4 * 1280, Config(1024, 2, backwards=True, max_registers=56)),  # 65536×1001: 2.25
+    (4 * 2304, Config(512, 2, backwards=True, max_registers=56)),  # 178176×1501: 1.86; 134144×2001: 1.75
+    (4 * 4096, Config(2048, 4, max_registers=56)),  # 106496×2501: 2.12; 32768×3001: 1.88
+    (4 * 12288, Config(1024, 4, unroll=2)),  # 53248×5001: 2.02; 16384×9001: 1.89; 21504×12001: 2.12
+    (4 * 20480, Config(2048, 8, unroll=2, max_registers=56)),  # 8192×18001: 1.94
+    # 11264×22001: 1.91; 8192×31001: 1.92; 6144×40001: 2.07; 8192×50257: 2.21; 4096×57345: 2.27
+    (4 * 61440, Config(4096, 16, unroll=2, backwards=True, max_registers=64)),
     LONGEST,
 )
 # A row spread over neighbouring multiprocessors: fewer rows in flight, so that the second read finds them in L2.
+SHORT_CLUSTERS = (
+    (2 * 81920, Config(16384, 8, 4, unroll=2, backwards=True, max_registers=40)),  # 3072×73728: 1.18, 1.16
+    (2 * 94208, Config(16384, 4, 8, unroll=5, backwards=True, max_registers=40)),  # 2979×90112: 1.22, 1.19
+    (2 * 106496, Config(16384, 4, 8, unroll=3, backwards=True, max_registers=40)),  # 2048×98304: 1.20, 1.17
+)
+LONG_CLUSTERS = (
+    # 2048×262144: 1.19, 1.20; 1170×229376: 1.21, 1.19
+    (2 * 294912, Config(65536, 8, 8, unroll=2, backwards=True, max_registers=56)),
+    (2 * 458752, Config(65536, 16, 8, unroll=3, backwards=True, max_registers=40)),  # 682×393216: 1.26, 1.23
+    # 1024×524288: 1.22, 1.27; 512×1048576: 1.40, 1.41
+    (None, Config(131072, 16, 8, unroll=2, backwards=True, max_registers=64)),
+)
 FUSED_CLUSTERS = (
-    (2 * 200000, Config(32768, 8, 8, unroll=2, backwards=True, max_registers=40)),  # 128256: 1.15; 151936: 1.16
-    (2 * 400000, Config(65536, 8, 8, unroll=2, backwards=True, max_registers=56)),  # 2048×262144: 1.19
-    (None, Config(131072, 16, 8, unroll=2, backwards=True, max_registers=64)),  # 1024×524288: 1.22; 512×1048576: 1.40
+    *SHORT_CLUSTERS,
+    # 4096×128256: 1.15; 4096×151936: 1.16, 1.15; 1638×163840: 1.20, 1.16
+    (2 * 200000, Config(32768, 8, 8, unroll=2, backwards=True, max_registers=40)),
+    *LONG_CLUSTERS,
 )
 FUSED_CLUSTERS_IN_PLACE = (
+    *SHORT_CLUSTERS,
     (2 * 140000, Config(32768, 8, 8, backwards=True, max_registers=40)),  # 4096×128256: 1.15
-    FUSED_CLUSTERS[0],  # 4096×151936: 1.15
-    FUSED_CLUSTERS[1],  # 2048×262144: 1.20
-    FUSED_CLUSTERS[2],  # 1024×524288: 1.27; 512×1048576: 1.41
+    *FUSED_CLUSTERS[3:],
+)
+FUSED_CLUSTERS_SHIFTED = (
+    (2 * 106496, Config(8192, 4, 8, unroll=4, backwards=True, max_registers=40)),  # 3072×80001: 1.40, 1.37
+    (2 * 139264, Config(16384, 8, 8, unroll=3, backwards=True, max_registers=40)),  # 2092×128257: 1.29, 1.29
+    (2 * 200000, Config(16384, 8, 8, unroll=4, backwards=True, max_registers=40)),  # 1766×151937: 1.31, 1.32
+    (None, Config(65536, 16, 8, unroll=4, backwards=True, max_registers=40)),  # 1023×262145: 1.50, 1.49
 )
 FUSED_CLUSTERS_SMOOTHED = (
-    FUSED_CLUSTERS[0],  # 4096×128256: 1.20
-    (2 * 400000, Config(65536, 8, 8, unroll=2, backwards=True, max_registers=64)),  # 2048×262144: 1.21, in place 1.23
-    FUSED_CLUSTERS[-1],
+    # 3072×73728: 1.24, 1.24; 2048×98304: 1.21, 1.18
+    (2 * 106496, Config(16384, 4, 8, unroll=3, backwards=True, max_registers=56)),
+    FUSED_CLUSTERS[3],  # 4096×128256: 1.20; 1638×163840: 1.24
+    (2 * 400000, Config(65536, 8, 8, unroll=2, backwards=True, max_registers=64)),  # 2048×262144: 1.21, 1.23
+    LONG_CLUSTERS[-1],
 )
 FUSED_CLUSTERS_SMOOTHED_IN_PLACE = (
+    FUSED_CLUSTERS_SMOOTHED[0],
     (2 * 140000, Config(32768, 8, 4, unroll=3, backwards=True, max_registers=64)),  # 4096×128256: 1.17
     (2 * 200000, Config(16384, 8, 8, unroll=6, backwards=True, max_registers=40)),  # 4096×151936: 1.20
-    *FUSED_CLUSTERS_SMOOTHED[1:],
+    *FUSED_CLUSTERS_SMOOTHED[2:],
 )
 FUSED_CLUSTERS_SOFT = (
-    (4 * 81920, Config(16384, 4, 8, unroll=3, max_registers=64)),  # 8192×50304: 1.81; 4096×65536: 1.64
+    FUSED_SOFT[-2],
+    (4 * 47104, Config(8192, 4, 8, unroll=5, backwards=True, max_registers=64)),  # 5120×45056: 1.79
+    (4 * 53248, Config(8192, 4, 8, unroll=6, max_registers=64)),  # 8192×50304: 1.78
+    # 4096×57344: 1.72; 4096×65536: 1.64; 3072×73728: 1.75
+    (4 * 81920, Config(16384, 4, 8, unroll=3, max_registers=64)),
+    (4 * 114688, Config(32768, 8, 8, unroll=2, backwards=True, max_registers=48)),  # 2979×90112: 1.90; 100352: 1.82
     (4 * 200000, Config(32768, 8, 8, unroll=3, backwards=True, max_registers=64)),  # 128256: 1.78; 151936: 1.80
     (None, Config(65536, 16, 8, unroll=2, backwards=True, max_registers=64)),  # 2048×262144: 1.95
 )
 FUSED_CLUSTERS_SOFT_SHIFTED = (
-    FUSED_SOFT_SHIFTED[4],
-    (4 * 200000, Config(16384, 8, 8, unroll=2, backwards=True, max_registers=64)),  # 4096×128257: 2.21
-    FUSED_CLUSTERS_SOFT[-1],
+    FUSED_SOFT_SHIFTED[-2],
+    (4 * 81920, Config(8192, 4, 8, unroll=2, backwards=True, max_registers=64)),  # 4096×65001: 2.13
+    (4 * 106496, Config(16384, 4, 8, unroll=4, backwards=True, max_registers=64)),  # 2048×98305: 2.19
+    (None, Config(16384, 8, 8, unroll=2, backwards=True, max_registers=64)),  # 4096×128257: 2.18; 151937: 2.22
 )
 STATS = (
-    (2 * 1024, Config(1024, 1)),  # 65536×1000: 0.92 of a training step's copy
-    (2 * 3072, Config(512, 2, unroll=4)),  # 65536×2048: 0.51
-    (2 * 6144, Config(512, 2)),  # 32768×4096: 0.51
-    (2 * 12288, Config(1024, 4)),  # 16384×8192: 0.51
-    (2 * 20480, Config(2048, 8)),  # 16384×16384: 0.48
-    (2 * 40000, Config(8192, 16)),  # 8192×32000: 0.49
+    (2 * 1024, Config(1024, 1)),  # 65536×1000: 0.92
+    (2 * 3072, Config(512, 2, unroll=4)),  # 65536×2048: 0.51; 87040×3072: 0.51
+    (2 * 6144, Config(512, 2)),  # 32768×4096: 0.51; 52224×5120: 0.50
+    (2 * 12288, Config(1024, 4)),  # 16384×8192: 0.51; 25600×10240: 0.50
+    (2 * 24576, Config(2048, 8)),  # 18432×14336: 0.50; 16384×16384: 0.48; 12288×20480: 0.51
+    (2 * 40000, Config(8192, 16)),  # 9216×28672: 0.53; 8192×32000: 0.49
     (2 * 81920, Config(4096, 8, unroll=4)),  # 8192×50304: 0.48; 4096×65536: 0.49
     (2 * 200000, Config(8192, 16, unroll=2)),  # 4096×128256: 0.47; 4096×151936: 0.47
-    (None, Config(4096, 16, unroll=4)),  # 2048×262144: 0.47
+    (None, Config(4096, 16, unroll=4)),  # 2048×262144: 0.47; 512×524288: 0.49
 )
 STATS_SHIFTED = (
     (2 * 12288, Config(1024, 1)),  # 65536×2001: 0.55; 16384×5001: 0.57; 16384×9001: 0.53
     (2 * 24576, Config(2048, 4)),  # 8192×18001: 0.53
     (2 * 40000, Config(4096, 4, unroll=4)),  # 8192×31001: 0.50
-    (None, Config(2048, 8)),  # 8192×50257: 0.49
+    (None, Config(2048, 8)),  # 8192×50257: 0.49; 2092×128257: 0.54
 )
 STATS_FEW_ROWS = ((None, Config(16384, 8, 8)),)  # 32×128256: 1.19 of a copy that stays in L2; 64×262144: 0.85
 GRAD = (
-    (2 * 1024, Config(1024, 1)),  # 65536×1000: 1.07; 65536×1001: 1.13
+    (2 * 1024, Config(1024, 1)),  # 65536×1000: 1.07
     (2 * 20480, Config(2048, 2)),  # 65536×2048: 1.05; 16384×8192: 1.05
-    (None, Config(1024, 1)),  # 8192×32000: 1.05; 8192×50257: 1.18; 4096×128256: 1.04
+    (None, Config(1024, 1)),  # 8192×32000: 1.05; 4096×128256: 1.04
+)
+GRAD_SHIFTED = (
+    (2 * 1024, Config(1024, 1)),  # 65536×1001: 1.13
+    (2 * 4096, Config(4096, 4)),  # 89088×3001: 1.10
+    (2 * 20480, Config(1024, 1)),  # 29696×9001: 1.19
+    (2 * 40960, Config(2048, 2)),  # 8192×31001: 1.19
+    (None, Config(1024, 1)),  # 8192×50257: 1.16
 )
 # Rows up to which a program takes many, in bytes.
 TILED = {"stats": 2 * 1024, "fused": 2 * 512, "grad": 2 * 512}
@@ -236,7 +301,7 @@ def choose(kernel: str, problem: Problem, *, in_place: bool = False) -> Config:
             alone = FUSED_SHIFTED_SMOOTHED if problem.shifted else FUSED_SMOOTHED
             clusters = FUSED_CLUSTERS_SMOOTHED_IN_PLACE if in_place else FUSED_CLUSTERS_SMOOTHED
         elif problem.shifted:
-            alone = FUSED_SHIFTED
+            alone, clusters = FUSED_SHIFTED, FUSED_CLUSTERS_SHIFTED
         # Clusters save bandwidth, which a soft cap of hard labels does not use up.
         table = clusters if long and (problem.soft_targets or not problem.softcap) else alone
     elif kernel == "stats":
@@ -244,7 +309,7 @@ def choose(kernel: str, problem: Problem, *, in_place: bool = False) -> Config:
         if long and problem.n_rows <= FEW_ROWS:
             table = STATS_FEW_ROWS
     else:
-        table = GRAD
+        table = GRAD_SHIFTED if problem.shifted else GRAD
     config = _pick(table, row_bytes)
     # The same bytes a step for wider elements; no more than the row; 16 bytes a thread at the least.
     block = min(config.block * 2 // problem.itemsize, max(128, power_of_two(problem.n_classes)))

@@ -31,6 +31,7 @@ def chosen(n_classes, in_place=False, **facts):
         (MIDDLE, {"soft_targets": True}, "FUSED_SOFT"),
         (MIDDLE + 1, {"soft_targets": True}, "FUSED_SOFT_SHIFTED"),
         (LONG + 1, {"clusters": True, "soft_targets": True}, "FUSED_CLUSTERS_SOFT_SHIFTED"),
+        (LONG + 1, {"clusters": True}, "FUSED_CLUSTERS_SHIFTED"),
         (LONG, {"clusters": True, "softcap": True}, "FUSED"),
         (LONG, {"clusters": False}, "FUSED"),
     ],
