@@ -85,18 +85,18 @@ CASES = [
     Case("soft_all_options_fp64", 6, 200, "float64", labels="soft", weighted=True, options=ALL),
     Case("soft_masked", 6, 300, labels="soft", logits="masked"),
     Case("soft_shifted", 3, 2101, "bfloat16", labels="soft"),
-    Case("soft_shifted_all_options", 3, 1101, "float16", labels="soft", weighted=True, options=ALL),
+    Case("soft_shifted_all_options", 3, 301, "float16", labels="soft", weighted=True, options=ALL),
 ]
 
 # Long enough for several steps of rows that are spread over multiprocessors.
 CLUSTER_CASES = [
+    Case("clusters_masked_start", 3, 1000, logits="masked_start"),
     Case("clusters", 3, 4200, "bfloat16"),
     Case("clusters_shifted", 3, 4201, "bfloat16"),
     Case("clusters_smoothing", 3, 4200, options={"label_smoothing": 0.1}),
     Case("clusters_weight_smoothing", 3, 2100, weighted=True, options={"label_smoothing": 0.2}),
-    Case("clusters_soft", 3, 4200, "bfloat16", labels="soft"),
-    Case("clusters_soft_shifted", 3, 4201, "bfloat16", labels="soft"),
-    Case("clusters_masked_start", 3, 1000, logits="masked_start"),
+    Case("clusters_soft", 2, 4200, "bfloat16", labels="soft"),
+    Case("clusters_soft_shifted", 2, 4201, "bfloat16", labels="soft"),
     Case("clusters_lowest", 3, 2100, "bfloat16", logits="lowest"),
     Case("clusters_confident", 3, 2100, sigma=1.0, logits="confident"),
     Case("clusters_fp64", 3, 2100, "float64", options={"label_smoothing": 0.1}),

@@ -18,7 +18,8 @@ SHARDED = ["rows", "vocabulary", "second derivatives", "gradient inside", "mean 
 
 @pytest.fixture(scope="module")
 def on_four_devices():
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.linear_on_four_devices"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -91,9 +91,9 @@ def test_cpu_programs_hold_no_kernel(lowered):
     assert lowered["cpu"] is False
 
 
-def test_every_kernel_compiles_for_every_dtype_from_ampere_to_blackwell_and_for_amd():
-    nvidia, amd, two_levels, alone = 3 * 4, 1, 3 * 2, 2 * 3
-    tiles, exchanges = (3 * 4 + 2) * 3, 2 * 2
+def test_every_kernel_compiles_for_every_dtype_and_from_ampere_to_blackwell_and_for_amd():
+    nvidia, amd, two_levels, alone = 2 + 4 + 2, 1, 3 * 2, 2 * 5
+    tiles, exchanges, between_boundaries = (3 * 4 + 2) * 3, 2 * 2, 3
     assert run_compiled("tests.compiled.compile_all") == {
-        "compiled": (nvidia + amd) * 3 * 3 + tiles + exchanges + two_levels + alone
+        "compiled": (nvidia + amd) * 3 * 3 + tiles + exchanges + between_boundaries + two_levels + alone
     }

@@ -118,7 +118,7 @@ TILE_MUTANTS = {
         "tl.arange(0, BLOCK)[:, None] * tl.num_programs(1)",
         "tl.arange(0, BLOCK)[:, None] * 0",
     ),
-    "label_of_every_step": ("label_column - start, target_rows_ptr", "label_column % BLOCK, target_rows_ptr"),
+    "label_of_every_step": ("label_column - start, weight_ptr", "label_column % BLOCK, weight_ptr"),
     "running_sum_not_rescaled": KERNEL_MUTANTS["running_sum_not_rescaled"],
     "smoothing_missing_in_gradient": KERNEL_MUTANTS["smoothing_missing_in_gradient"],
 }
