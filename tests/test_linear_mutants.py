@@ -4,6 +4,7 @@ import __future__
 
 import inspect
 
+import jax
 import pytest
 
 from jax_api import linear_chunks, linear_rules
@@ -75,6 +76,14 @@ MUTANTS = {
     ),
     "jax: the upstream scalar is lost": (Jax, linear_rules, "_linear_loss_bwd", ") * g).astype", ") * 1.0).astype"),
 }
+
+
+@pytest.fixture(autouse=True)
+def fresh_traces():
+    """Traces hold the functions that they were made of: none from before, none for later tests."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize("name", MUTANTS)
