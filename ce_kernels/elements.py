@@ -279,13 +279,11 @@ def load_targets(
     """Soft targets of a block of logits. WIDE_TARGETS: by groups, of which an EDGE block's may reach over the row."""
     position = start + tl.arange(0, BLOCK)
     cols = position - shift
-    if not EDGE:
-        t = tl.load(row_ptr + (position if WIDE_TARGETS else cols), eviction_policy=EVICTION)
-    elif WIDE_TARGETS:
+    if WIDE_TARGETS:
         # At most 16 bytes, as beyond them may be what is not ours to read.
         UNIT: tl.constexpr = min(GROUP, 128 // row_ptr.dtype.element_ty.primitive_bitwidth)
-        mask = active & (position // UNIT * UNIT < shift + N_CLASSES)
-        t = tl.load(row_ptr + position, mask=mask, other=0.0, eviction_policy=EVICTION)
+        mask = active & (position // UNIT * UNIT < shift + N_CLASSES) if EDGE else None
+        t = load_columns(row_ptr, position, mask, EVICTION)
     else:
-        t = load_columns(row_ptr, cols, active & (cols >= 0) & (cols < N_CLASSES), EVICTION)
+        t = load_columns(row_ptr, cols, active & (cols >= 0) & (cols < N_CLASSES) if EDGE else None, EVICTION)
     return widen(t, SHIFTED, DTYPE)

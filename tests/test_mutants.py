@@ -37,7 +37,7 @@ KERNEL_MUTANTS = {
     "spread_missing_in_gradient": ('tl.fma(tl.where(x == float("-inf"), 0.0, -dloss), q, dx)', "dx + 0.0 * q"),
     "spread_of_masked_classes": ('tl.fma(tl.where(x == float("-inf"), 0.0, -dloss), q, dx)', "tl.fma(-dloss, q, dx)"),
     "neighbouring_rows_in_the_spread": ("return q if inside is None else tl.where(inside, q, 0.0)", "return q"),
-    "soft_targets_shifted_twice": ("(position if WIDE_TARGETS else cols), eviction_policy", "cols, eviction_policy"),
+    "soft_targets_shifted_twice": ("load_columns(row_ptr, position, mask", "load_columns(row_ptr, cols, mask"),
     "padded_lanes_in_the_sum_of_logits": ("x = x if inside is None else tl.where(inside, x, 0.0)", "x = x + 0.0"),
     "smoothing_over_one_class_more": ("spread = N_CLASSES * uniform", "spread = (N_CLASSES + 1) * uniform"),
     "smoothing_over_one_class_less": (
