@@ -4,7 +4,7 @@ import functools
 import itertools
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import NamedTuple
@@ -34,11 +34,12 @@ class Task(NamedTuple):
 
     @property
     def problem(self) -> Problem:
-        """As a launch sees it, on a GPU where programs may span multiprocessors."""
+        """As a launch sees it, on a GPU where programs may span multiprocessors and share rows."""
         target_stride = self.n_classes if self.soft_targets else 1
         sizes = (self.n_rows, self.n_classes, self.dtype, self.soft_targets)
         strides = (self.n_classes, target_stride, self.n_classes)
-        return Problem(*sizes, *strides, clusters=True, label_smoothing=self.label_smoothing > 0)
+        smoothed = self.label_smoothing > 0
+        return Problem(*sizes, *strides, clusters=True, shared_rows=True, label_smoothing=smoothed)
 
     @property
     def scalars(self) -> dict[str, float]:
@@ -68,6 +69,18 @@ def candidates(kernel: str, n_classes: int, itemsize: int) -> list[Config]:
         block = num_ctas * num_warps * 32 * vectors * 16 // itemsize
         if 128 <= block <= min(longest, 131072) and block * 256 >= n_classes:
             found.append(Config(block, num_warps, num_ctas, backwards=backwards))
+    if kernel == "fused" and n_classes * itemsize >= 2**16:
+        found += shared(n_classes, itemsize)
+    return found
+
+
+def shared(n_classes: int, itemsize: int) -> list[Config]:
+    """Configurations of programs that share a row, of which each has a few blocks."""
+    found = []
+    for programs, num_warps, vectors in itertools.product((2, 4, 8, 16, 32, 64), (2, 4, 8), (1, 2)):
+        block = num_warps * 32 * vectors * 16 // itemsize
+        if 2 <= n_classes / programs / block <= 32:
+            found.append(Config(block, num_warps, backwards=True, programs=programs))
     return found
 
 
@@ -205,7 +218,10 @@ def time_right(task: Task, arrays: Arrays, configs: Sequence[Config | None]) -> 
         loss.fill_(float("nan"))
         lse.copy_(arrays.lse)
         sums.copy_(arrays.target_sum)
-        run = functools.partial(function[launch.grid], **arguments, **launch.options)
+        for output in launch.outputs:
+            if output.zeroed:
+                arguments[output.name] = torch.zeros(output.shape, dtype=getattr(torch, output.dtype), device=DEVICE)
+        run = functools.partial(_run, function[launch.grid], arguments, launch)
         try:
             run()
             torch.cuda.synchronize()
@@ -222,3 +238,10 @@ def time_right(task: Task, arrays: Arrays, configs: Sequence[Config | None]) -> 
             continue
         timed.append(Timed(cuda_ms(run, 12) / copy, launch.config))
     return sorted(timed, key=lambda one: one.ratio)
+
+
+def _run(function: Callable, arguments: dict, launch: Launch) -> None:
+    for output in launch.outputs:
+        if output.zeroed:
+            arguments[output.name].zero_()
+    function(**arguments, **launch.options)

@@ -1,5 +1,6 @@
 """Runs a launch on host arrays through Triton's interpreter (TRITON_INTERPRET=1 in the environment), without torch."""
 
+import ctypes
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -61,7 +62,10 @@ class _HostPointer:
 
 
 def run(launch: Launch, arguments: Mapping[str, Any]) -> None:
-    """Runs the kernel on arguments by parameter name: array-likes (written in place), numbers, None for the rest."""
+    """Runs the kernel on arguments by parameter name: array-likes (written in place), numbers, None for the rest.
+
+    Programs run one after the other. Those that wait for one another leave in a first run what they have to say.
+    """
     from ce_kernels import kernels
 
     kernel = getattr(kernels, launch.kernel)
@@ -69,5 +73,12 @@ def run(launch: Launch, arguments: Mapping[str, Any]) -> None:
         name: value if value is None or isinstance(value, int | float) else _HostPointer(np.asarray(value))
         for name, value in arguments.items()
     }
+    values = dict.fromkeys(kernel.arg_names) | values | dict(launch.constants)
+    zeroed = [np.asarray(arguments[output.name]) for output in launch.outputs if output.zeroed]
     with _lock, np.errstate(all="ignore"):
-        kernel[launch.grid](**dict.fromkeys(kernel.arg_names) | values | dict(launch.constants))
+        for words in zeroed:
+            ctypes.memset(words.ctypes.data, 0, words.nbytes)
+            # The logits are not to be overwritten yet.
+            logits = _HostPointer(np.asarray(arguments["logits_ptr"]).copy())
+            kernel[launch.grid](**values | {"logits_ptr": logits})
+        kernel[launch.grid](**values)

@@ -2,8 +2,8 @@
 
     cross_entropy_stats_kernel   loss, lse, Σq (and argmax)        one program a row, one read of the logits
     cross_entropy_grad_kernel    dlogits (and dtarget) from lse    one program a block of a row, one read, one write
-    cross_entropy_fused_kernel   both in one launch                one program (or cluster of them) a row, one read from
-                                                                   memory and one meant for L2, one write
+    cross_entropy_fused_kernel   both in one launch                one program, cluster or group of programs a row, one
+                                                                   read from memory and one meant for caches, one write
 
 and what stands around them in a training step: `divisor_kernel`, `mean_kernel`, `scale_kernel`.
 
@@ -16,10 +16,22 @@ This module imports triton, so nothing but a launch may import it.
 import triton
 import triton.language as tl
 
-from ce_kernels.elements import aligned, leave_cluster, mask_of, overlap, row_offset, row_target, scalar, uniform_mass
+from ce_kernels.elements import (
+    aligned,
+    leave_cluster,
+    logit_at,
+    mask_of,
+    overlap,
+    row_offset,
+    row_target,
+    scalar,
+    uniform_mass,
+)
 from ce_kernels.passes import (
+    collect,
     first_of_best,
     merge_groups,
+    publish,
     row_statistics,
     store_block,
     store_gradient_block,
@@ -86,9 +98,13 @@ def cross_entropy_stats_kernel(
     if WITH_ARGMAX:
         active = mask_of(row >= 0)
     target_row_ptr = target_ptr + aligned(row * TARGET_STRIDE, GROUP, WIDE_TARGETS)[0]
+    FIRST: tl.constexpr = BLOCK if SHIFTED and N_CLASSES >= BLOCK else 0
+    FULL: tl.constexpr = N_CLASSES // BLOCK * BLOCK
+    STOP: tl.constexpr = N_CLASSES + (GROUP - 1 if SHIFTED else 0)
     m, d, qx, q_sum, best, best_col = row_statistics(
-        logits_ptr + start, target_row_ptr, weight_ptr, shift, active, alpha, scale, cap, WITH_ARGMAX, "evict_first",
-        N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, BLOCK, GROUP, SHIFTED, WIDE_TARGETS, UNROLL, DTYPE,
+        logits_ptr + start, target_row_ptr, weight_ptr, shift, 0, FIRST, FULL, STOP, shift + N_CLASSES, active, alpha,
+        scale, cap, WITH_ARGMAX, "evict_first", TOTAL_CLASSES, SOFT_TARGETS, BLOCK, GROUP, SHIFTED, WIDE_TARGETS,
+        UNROLL, DTYPE,
     )  # fmt: skip
     if active:
         uniform = uniform_mass(alpha, weight_ptr, TOTAL_CLASSES, SOFT_TARGETS)
@@ -175,15 +191,15 @@ def cross_entropy_grad_kernel(
     dtarget_row_ptr = None if dtarget_ptr is None else dtarget_ptr + row * N_CLASSES
     if active & (first >= shift) & (first + BLOCK <= N_CLASSES):
         store_gradient_block(
-            first, logits_ptr + start, target_row_ptr, weight_ptr, shift, active, column, mass, a, dloss, lse, alpha,
-            scale, cap, dlogits_row_ptr, dtarget_row_ptr, False, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, WIDE_STORES,
-            BLOCK, GROUP, SHIFTED, WIDE_TARGETS, DTYPE,
+            first, logits_ptr + start, target_row_ptr, weight_ptr, shift, shift + N_CLASSES, active, column, mass, a,
+            dloss, lse, alpha, scale, cap, dlogits_row_ptr, dtarget_row_ptr, False, TOTAL_CLASSES, SOFT_TARGETS,
+            WIDE_STORES, BLOCK, GROUP, SHIFTED, WIDE_TARGETS, DTYPE,
         )  # fmt: skip
     else:
         store_gradient_block(
-            first, logits_ptr + start, target_row_ptr, weight_ptr, shift, active, column, mass, a, dloss, lse, alpha,
-            scale, cap, dlogits_row_ptr, dtarget_row_ptr, True, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, WIDE_STORES,
-            BLOCK, GROUP, SHIFTED, WIDE_TARGETS, DTYPE,
+            first, logits_ptr + start, target_row_ptr, weight_ptr, shift, shift + N_CLASSES, active, column, mass, a,
+            dloss, lse, alpha, scale, cap, dlogits_row_ptr, dtarget_row_ptr, True, TOTAL_CLASSES, SOFT_TARGETS,
+            WIDE_STORES, BLOCK, GROUP, SHIFTED, WIDE_TARGETS, DTYPE,
         )  # fmt: skip
 
 
@@ -206,6 +222,7 @@ def cross_entropy_fused_kernel(
     lse_ptr,
     target_sum_ptr,
     dlogits_ptr,
+    exchange_ptr,
     N_CLASSES: tl.constexpr,
     TOTAL_CLASSES: tl.constexpr,
     LOGITS_STRIDE: tl.constexpr,
@@ -222,12 +239,15 @@ def cross_entropy_fused_kernel(
     UNROLL: tl.constexpr,
     BACKWARDS: tl.constexpr,
     CLUSTER: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    SLICE: tl.constexpr,
     OVERLAPPED: tl.constexpr,
 ):
-    """One program: statistics, then gradient of one row whose upstream gradient, 1 / denominator, is known beforehand.
+    """PROGRAMS programs: statistics, then gradient of a row whose upstream gradient, 1 / denominator, is known before.
 
-    Bytes: the logits read once from memory and once more, from L2 while few enough rows are in flight; one write.
-    Algorithm: the two phases above in one launch. With dlogits_ptr None the gradient overwrites the logits.
+    Bytes: the logits read once from memory and once more, from L1 or L2 while few enough are in flight; one write.
+    Algorithm: the two phases above in one launch. With dlogits_ptr None the gradient overwrites the logits. Programs
+    that share a row have SLICE positions of it each, and exchange the statistics of them.
     """
     DTYPE: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
     SPREAD: tl.constexpr = SOFT_TARGETS or label_smoothing is not None
@@ -235,9 +255,9 @@ def cross_entropy_fused_kernel(
     EVICTION: tl.constexpr = "" if dlogits_ptr is None else "evict_last"
     FIRST: tl.constexpr = BLOCK if SHIFTED and N_CLASSES >= BLOCK else 0
     FULL: tl.constexpr = N_CLASSES // BLOCK * BLOCK
-    END: tl.constexpr = N_CLASSES + (GROUP - 1 if SHIFTED else 0)
+    STOP: tl.constexpr = N_CLASSES + (GROUP - 1 if SHIFTED else 0)
     overlap(OVERLAPPED)
-    row = tl.program_id(0).to(tl.int64)
+    row = (tl.program_id(0) // PROGRAMS).to(tl.int64)
     alpha = scalar(label_smoothing, DTYPE, SCALARS_IN_MEMORY)
     z_weight = scalar(z_loss, DTYPE, SCALARS_IN_MEMORY)
     scale = scalar(logit_scale, DTYPE, SCALARS_IN_MEMORY)
@@ -253,6 +273,22 @@ def cross_entropy_fused_kernel(
         row, logits_ptr + offset, None, target_ptr, weight_ptr, vocab_start_ptr, ignore_index, alpha, scale,
         cap, 0, N_CLASSES, None, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, DTYPE,
     )  # fmt: skip
+    if PROGRAMS == 1:
+        writes = None
+        begin, first, full, stop, end = 0, FIRST, FULL, STOP, shift + N_CLASSES
+    else:
+        program = tl.program_id(0) % PROGRAMS
+        begin = program * SLICE
+        end = tl.minimum(begin + SLICE, shift + N_CLASSES)
+        stop = end
+        first = begin
+        if SHIFTED and SLICE >= BLOCK:
+            first = tl.where(program == 0, BLOCK, begin)
+        full = tl.maximum(first, begin + (tl.minimum(begin + SLICE, N_CLASSES) - begin) // BLOCK * BLOCK)
+        # Loss and lse: who has the label, as in place no other may read its x; the first where nobody has it. It reads
+        # later: at the start of so short a part, the wait counts.
+        label_x = tl.cast(0.0, DTYPE)
+        writes = tl.where(column < 0, program == 0, (column + shift >= begin) & (column + shift < end))
     if dlogits_ptr is None:
         dlogits_row_ptr = logits_row_ptr
     else:
@@ -260,15 +296,21 @@ def cross_entropy_fused_kernel(
         dlogits_row_ptr = dlogits_ptr + aligned(out_offset, GROUP, SHIFTED and WIDE_STORES)[0]
     active = mask_of(~ignored)
     m, d, qx, q_sum, _, _ = row_statistics(
-        logits_row_ptr, target_row_ptr, weight_ptr, shift, active, alpha, scale, cap, False, EVICTION, N_CLASSES,
-        TOTAL_CLASSES, SOFT_TARGETS, BLOCK, GROUP, SHIFTED, WIDE_TARGETS, UNROLL, DTYPE,
+        logits_row_ptr, target_row_ptr, weight_ptr, shift, begin, first, full, stop, end, active, alpha, scale, cap,
+        False, EVICTION, TOTAL_CLASSES, SOFT_TARGETS, BLOCK, GROUP, SHIFTED, WIDE_TARGETS, UNROLL, DTYPE,
     )  # fmt: skip
     lse, s = tl.cast(0.0, DTYPE), tl.cast(0.0, DTYPE)
     if active:
         uniform = uniform_mass(alpha, weight_ptr, TOTAL_CLASSES, SOFT_TARGETS)
         m_row, d_row, qx_row, q_row = merge_groups(m, d, qx, q_sum, uniform, SPREAD, CLUSTER)
+        if PROGRAMS > 1:
+            publish(m_row, d_row, qx_row, q_row, uniform, exchange_ptr, row, program, SPREAD, PROGRAMS)
+            # Before `collect`, whose barrier keeps warps that are ahead from overwriting it in place.
+            here = writes & (column >= 0)
+            label_x = logit_at(logits_ptr + offset + tl.where(here, column, 0), here, scale, cap, DTYPE)
+            m_row, d_row, qx_row, q_row = collect(qx_row, q_row, uniform, exchange_ptr, row, SPREAD, PROGRAMS)
         lse, s = store_statistics(
-            m_row, d_row, qx_row, q_row, row, None, mass, label_x, ignored, invalid, uniform, z_weight, loss_ptr,
+            m_row, d_row, qx_row, q_row, row, writes, mass, label_x, ignored, invalid, uniform, z_weight, loss_ptr,
             lse_ptr, target_sum_ptr, SPREAD, N_CLASSES,
         )  # fmt: skip
     else:
@@ -278,29 +320,30 @@ def cross_entropy_fused_kernel(
     lse = tl.where(active, lse, 0.0)
     mass = tl.where(active & (label_x != float("-inf")), mass, 0.0)
     if active:
-        for edge in tl.static_range(FULL, END, BLOCK):
+        for edge in tl.range(full, stop, BLOCK):
             store_gradient_block(
-                edge, logits_row_ptr, target_row_ptr, weight_ptr, shift, active, column, mass, a, dloss, lse, alpha,
-                scale, cap, dlogits_row_ptr, None, True, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, WIDE_STORES, BLOCK,
+                edge, logits_row_ptr, target_row_ptr, weight_ptr, shift, end, active, column, mass, a, dloss, lse,
+                alpha, scale, cap, dlogits_row_ptr, None, True, TOTAL_CLASSES, SOFT_TARGETS, WIDE_STORES, BLOCK, GROUP,
+                SHIFTED, WIDE_TARGETS, DTYPE,
+            )  # fmt: skip
+        for step in tl.range(first, full, BLOCK, loop_unroll_factor=UNROLL):
+            block = first + full - BLOCK - step if BACKWARDS else step
+            store_gradient_block(
+                block, logits_row_ptr, target_row_ptr, weight_ptr, shift, end, active, column, mass, a, dloss, lse,
+                alpha, scale, cap, dlogits_row_ptr, None, False, TOTAL_CLASSES, SOFT_TARGETS, WIDE_STORES, BLOCK,
                 GROUP, SHIFTED, WIDE_TARGETS, DTYPE,
             )  # fmt: skip
-        for step in tl.range(FIRST, FULL, BLOCK, loop_unroll_factor=UNROLL):
-            first = FIRST + FULL - BLOCK - step if BACKWARDS else step
-            store_gradient_block(
-                first, logits_row_ptr, target_row_ptr, weight_ptr, shift, active, column, mass, a, dloss, lse, alpha,
-                scale, cap, dlogits_row_ptr, None, False, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, WIDE_STORES, BLOCK,
-                GROUP, SHIFTED, WIDE_TARGETS, DTYPE,
-            )  # fmt: skip
-        if SHIFTED and FULL > 0:
-            store_gradient_block(
-                0, logits_row_ptr, target_row_ptr, weight_ptr, shift, active, column, mass, a, dloss, lse, alpha,
-                scale, cap, dlogits_row_ptr, None, True, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, WIDE_STORES, BLOCK,
-                GROUP, SHIFTED, WIDE_TARGETS, DTYPE,
-            )  # fmt: skip
+        if SHIFTED:  # noqa: SIM102 (known when compiling, then not)
+            if begin < first:
+                store_gradient_block(
+                    begin, logits_row_ptr, target_row_ptr, weight_ptr, shift, end, active, column, mass, a, dloss, lse,
+                    alpha, scale, cap, dlogits_row_ptr, None, True, TOTAL_CLASSES, SOFT_TARGETS, WIDE_STORES, BLOCK,
+                    GROUP, SHIFTED, WIDE_TARGETS, DTYPE,
+                )  # fmt: skip
     else:
         zeros = tl.zeros([BLOCK], dlogits_row_ptr.dtype.element_ty)
-        for step in tl.range(0, END, BLOCK):
-            store_block(dlogits_row_ptr, zeros, step, shift, True, N_CLASSES, WIDE_STORES, BLOCK, GROUP, SHIFTED)
+        for step in tl.range(begin, stop, BLOCK):
+            store_block(dlogits_row_ptr, zeros, step, shift, end, True, WIDE_STORES, BLOCK, GROUP, SHIFTED)
     leave_cluster(CLUSTER)
 
 

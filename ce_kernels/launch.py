@@ -24,7 +24,8 @@ class Problem:
     labels only.
     `aligned`: the logits' first element lies on a 16-byte boundary, so that whole groups of 16 bytes may be read;
     `target_aligned`: that of the soft targets does.
-    `clusters`: one program may span several multiprocessors; `has_clusters` says where.
+    `clusters`: one program may span several multiprocessors; `has_clusters` says where. `shared_rows`: several programs
+    may share a row; `can_share_rows` says where.
     `softcap`: there is one, and its arithmetic takes longer than the memory. `label_smoothing`: there is some, and the
     sum of a row's logits takes registers. `overlapped`: a launch may begin while the one before it ends, and kernels
     wait for that (programmatic dependent launch); `has_overlap` says where.
@@ -46,6 +47,7 @@ class Problem:
     aligned: bool = True
     target_aligned: bool = True
     clusters: bool = False
+    shared_rows: bool = False
     softcap: bool = False
     label_smoothing: bool = False
     overlapped: bool = False
@@ -98,8 +100,8 @@ class Problem:
 
 
 def _signals_cheaply(problem: Problem, programs: int) -> bool:
-    # Programs let the next launch begin one after the other, two in a nanosecond: too slow for many short rows.
-    return programs <= 2048 or problem.row_bytes > 8192
+    # Programs let the next launch begin one after the other, two in a nanosecond: too slow for many short ones.
+    return programs <= 2048 or problem.row_bytes * problem.n_rows > 8192 * programs
 
 
 def _levels(stride: int, outer_stride: int | None) -> tuple[int, ...]:
@@ -113,6 +115,15 @@ def has_clusters(capability: int, *, spread: bool) -> bool:
     spread over all classes (soft targets, label smoothing).
     """
     return capability >= 90 and _triton_version() >= ((3, 9) if spread else (3, 8))
+
+
+def can_share_rows(capability: int, multiprocessors: int) -> bool:
+    """Whether programs may share a row, on a GPU of compute capability 80, 90, … with so many multiprocessors.
+
+    They wait for one another, so those of a row must all find room at the same time: up to 64, and some are taken by
+    other launches.
+    """
+    return capability >= 80 and multiprocessors >= 100
 
 
 def has_overlap(capability: int) -> bool:
@@ -130,11 +141,12 @@ def _triton_version() -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Output:
-    """One array that a kernel writes: its parameter, shape and dtype name."""
+    """One array that a kernel writes: its parameter, shape and dtype name; whether it must hold zeros before."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    zeroed: bool = False
 
 
 @dataclass(frozen=True)
@@ -200,7 +212,9 @@ def plan_grad(
 @lru_cache(maxsize=4096)
 def plan_fused(problem: Problem, *, denominator_stride: int, in_place: bool, config: Config | None = None) -> Launch:
     """The launch that writes loss, lse, s and dlogits of rows whose upstream gradient is 1 / denominator."""
-    outputs = _row_outputs(problem) + _gradient_output(problem, in_place)
+    if config is None:
+        config = tuning.choose("fused", problem, in_place=in_place)
+    outputs = _row_outputs(problem) + _gradient_output(problem, in_place) + _exchange(problem, config)
     strides = {"DENOMINATOR_STRIDE": denominator_stride}
     return _plan("fused", problem, outputs, strides, config, in_place=in_place)
 
@@ -214,6 +228,14 @@ def _gradient_output(problem: Problem, in_place: bool) -> tuple[Output, ...]:
     if in_place:
         return ()
     return (Output("dlogits_ptr", (problem.n_rows, problem.n_classes), problem.logits_dtype),)
+
+
+def _exchange(problem: Problem, config: Config) -> tuple[Output, ...]:
+    """What the programs that share a row say of it: maximum and sum of exponentials; Σq·x and Σq of spread mass."""
+    if config.programs == 1:
+        return ()
+    numbers = 4 if problem.soft_targets or problem.label_smoothing else 2
+    return (Output("exchange_ptr", (problem.n_rows, config.programs, numbers), "int32", zeroed=True),)
 
 
 def _plan(
@@ -260,7 +282,11 @@ def _plan(
         if kernel != "stats":
             constants["WIDE_STORES"] = problem.wide_stores(in_place)
         if kernel == "fused":
-            constants["BACKWARDS"] = config.backwards
+            # Parts begin where lines of 128 bytes do, as rows are mostly aligned.
+            line = 128 // problem.itemsize
+            part = -(-positions // config.programs)
+            constants |= {"BACKWARDS": config.backwards, "PROGRAMS": config.programs, "SLICE": -(-part // line) * line}
+            programs *= config.programs
     constants |= {f"logits_{name}": value for name, value in of_logits.items()}
     if kernel != "stats":
         constants["DLOGITS_STRIDE"] = problem.dlogits_stride or problem.n_classes

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from ce_kernels.elements import (
+    INTERPRETED,
     load_logits,
     load_targets,
     logarithm,
@@ -79,6 +80,7 @@ def statistics_block(
     target_row_ptr,
     weight_ptr,
     shift,
+    end,
     active,
     label_smoothing,
     logit_scale,
@@ -86,7 +88,6 @@ def statistics_block(
     WITH_ARGMAX: tl.constexpr,
     EDGE: tl.constexpr,
     EVICTION: tl.constexpr,
-    N_CLASSES: tl.constexpr,
     TOTAL_CLASSES: tl.constexpr,
     SOFT_TARGETS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -96,15 +97,15 @@ def statistics_block(
     DTYPE: tl.constexpr,
 ):  # fmt: skip
     """`accumulate` of one more block of a row, whose groups are GROUP neighbouring columns each."""
-    r = load_logits(logits_row_ptr, start, shift, active, EDGE, EVICTION, N_CLASSES, BLOCK, GROUP, SHIFTED, DTYPE)
+    r = load_logits(logits_row_ptr, start, shift, end, active, EDGE, EVICTION, BLOCK, GROUP, SHIFTED, DTYPE)
     t = None
     if SOFT_TARGETS:
         t = load_targets(
-            target_row_ptr, start, shift, active, EDGE, EVICTION, N_CLASSES, BLOCK, GROUP, SHIFTED, WIDE_TARGETS, DTYPE
+            target_row_ptr, start, shift, end, active, EDGE, EVICTION, BLOCK, GROUP, SHIFTED, WIDE_TARGETS, DTYPE
         )
     cols = start + tl.arange(0, BLOCK) - shift
     return accumulate(
-        m, d, qx, q_sum, best, best_col, r, t, cols, active & (cols >= 0) & (cols < N_CLASSES) if EDGE else None,
+        m, d, qx, q_sum, best, best_col, r, t, cols, active & (cols >= 0) & (cols < end - shift) if EDGE else None,
         start - shift, weight_ptr, label_smoothing, logit_scale, softcap, WITH_ARGMAX, TOTAL_CLASSES, BLOCK // GROUP,
         GROUP, GROUP, DTYPE,
     )  # fmt: skip
@@ -116,13 +117,17 @@ def row_statistics(
     target_row_ptr,
     weight_ptr,
     shift,
+    begin,
+    first,
+    full,
+    stop,
+    end,
     active,
     label_smoothing,
     logit_scale,
     softcap,
     WITH_ARGMAX: tl.constexpr,
     EVICTION: tl.constexpr,
-    N_CLASSES: tl.constexpr,
     TOTAL_CLASSES: tl.constexpr,
     SOFT_TARGETS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -132,35 +137,36 @@ def row_statistics(
     UNROLL: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """The running values of `statistics_block` after a whole row; a row that is not active is not read."""
-    FIRST: tl.constexpr = BLOCK if SHIFTED and N_CLASSES >= BLOCK else 0
-    FULL: tl.constexpr = N_CLASSES // BLOCK * BLOCK
-    END: tl.constexpr = N_CLASSES + (GROUP - 1 if SHIFTED else 0)
+    """The running values of `statistics_block` after positions [begin, end) of a row; not read where not active.
+
+    Whole blocks are those of [first, full), EDGE blocks the one before them, if any, and those of [full, stop).
+    """
     m = tl.full([BLOCK // GROUP], float("-inf"), DTYPE)
     d = tl.zeros([BLOCK // GROUP], DTYPE)
     qx = tl.zeros([BLOCK // GROUP], DTYPE)
     q_sum = tl.zeros([BLOCK // GROUP], DTYPE)
     best = tl.full([BLOCK // GROUP], float("-inf"), DTYPE)
     best_col = tl.zeros([BLOCK // GROUP], tl.int32)
-    if SHIFTED and FULL > 0:
-        m, d, qx, q_sum, best, best_col = statistics_block(
-            m, d, qx, q_sum, best, best_col, 0, logits_row_ptr, target_row_ptr, weight_ptr, shift, active,
-            label_smoothing, logit_scale, softcap, WITH_ARGMAX, True, EVICTION, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS,
-            BLOCK, GROUP, SHIFTED, WIDE_TARGETS, DTYPE,
-        )  # fmt: skip
+    if SHIFTED:  # noqa: SIM102 (known when compiling, then not)
+        if begin < first:
+            m, d, qx, q_sum, best, best_col = statistics_block(
+                m, d, qx, q_sum, best, best_col, begin, logits_row_ptr, target_row_ptr, weight_ptr, shift, end, active,
+                label_smoothing, logit_scale, softcap, WITH_ARGMAX, True, EVICTION, TOTAL_CLASSES, SOFT_TARGETS, BLOCK,
+                GROUP, SHIFTED, WIDE_TARGETS, DTYPE,
+            )  # fmt: skip
     # An end unknown to the compiler: with a known one it unrolls whole rows here, whose loads then hold all registers.
     # It must not be below the start either: the trip count of an unrolled loop is unsigned.
-    for start in tl.range(FIRST, tl.where(active, FULL, FIRST), BLOCK, loop_unroll_factor=UNROLL):
+    for start in tl.range(first, tl.where(active, full, first), BLOCK, loop_unroll_factor=UNROLL):
         m, d, qx, q_sum, best, best_col = statistics_block(
-            m, d, qx, q_sum, best, best_col, start, logits_row_ptr, target_row_ptr, weight_ptr, shift, active,
-            label_smoothing, logit_scale, softcap, WITH_ARGMAX, False, EVICTION, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS,
-            BLOCK, GROUP, SHIFTED, WIDE_TARGETS, DTYPE,
+            m, d, qx, q_sum, best, best_col, start, logits_row_ptr, target_row_ptr, weight_ptr, shift, end, active,
+            label_smoothing, logit_scale, softcap, WITH_ARGMAX, False, EVICTION, TOTAL_CLASSES, SOFT_TARGETS, BLOCK,
+            GROUP, SHIFTED, WIDE_TARGETS, DTYPE,
         )  # fmt: skip
-    for start in tl.static_range(FULL, END, BLOCK):
+    for start in tl.range(full, stop, BLOCK):
         m, d, qx, q_sum, best, best_col = statistics_block(
-            m, d, qx, q_sum, best, best_col, start, logits_row_ptr, target_row_ptr, weight_ptr, shift, active,
-            label_smoothing, logit_scale, softcap, WITH_ARGMAX, True, EVICTION, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS,
-            BLOCK, GROUP, SHIFTED, WIDE_TARGETS, DTYPE,
+            m, d, qx, q_sum, best, best_col, start, logits_row_ptr, target_row_ptr, weight_ptr, shift, end, active,
+            label_smoothing, logit_scale, softcap, WITH_ARGMAX, True, EVICTION, TOTAL_CLASSES, SOFT_TARGETS, BLOCK,
+            GROUP, SHIFTED, WIDE_TARGETS, DTYPE,
         )  # fmt: skip
     return m, d, qx, q_sum, best, best_col
 
@@ -178,6 +184,16 @@ def merge(m, d, other_m, other_d):
 def merge_spread(m, d, qx, q_sum, other_m, other_d, other_qx, other_q_sum):
     m, d = merge(m, d, other_m, other_d)
     return m, d, qx + other_qx, q_sum + other_q_sum
+
+
+@triton.jit
+def add_two(a, b, other_a, other_b):
+    return a + other_a, b + other_b
+
+
+@triton.jit
+def add_three(a, b, c, other_a, other_b, other_c):
+    return a + other_a, b + other_b, c + other_c
 
 
 @triton.jit
@@ -242,12 +258,55 @@ def merge_groups(m, d, qx, q_sum, uniform, SPREAD: tl.constexpr, CLUSTER: tl.con
     else:
         m_row = tl.max(m, axis=0)
         m_row = tl.where(m_row == float("-inf"), 0.0, m_row)
-        d = tl.sum(d * power((m - m_row) * per_nat_of(m.dtype)), axis=0)
-        if SPREAD:
-            qx = tl.sum(qx, axis=0)
-            if uniform is None:
-                q_sum = tl.sum(q_sum, axis=0)
+        d = d * power((m - m_row) * per_nat_of(m.dtype))
+        # Together: every reduction has its barriers.
+        if not SPREAD:
+            d = tl.sum(d, axis=0)
+        elif uniform is not None:
+            d, qx = tl.reduce((d, qx), 0, add_two)
+        else:
+            d, qx, q_sum = tl.reduce((d, qx, q_sum), 0, add_three)
     return m_row, d, qx, q_sum
+
+
+@triton.jit
+def publish(m, d, qx, q_sum, uniform, exchange_ptr, row, program, SPREAD: tl.constexpr, PROGRAMS: tl.constexpr):
+    """Tells the other programs what `merge_groups` found in this one's part of a row.
+
+    exchange_ptr: zeros before the launch, [N, PROGRAMS] words of 64 bits, or twice as many where q is SPREAD; what is
+    written is inverted, as 0 says that there is nothing yet. Words are whole by themselves, so that nothing is ordered:
+    a barrier of a cluster or an acquire would empty L1, from where the second pass reads.
+    """
+    WORDS: tl.constexpr = 2 if SPREAD else 1
+    mine = exchange_ptr.to(tl.pointer_type(tl.int64)) + (row * PROGRAMS + program) * WORDS
+    # A part of only −inf has no maximum.
+    tl.atomic_xchg(mine, ~pair(tl.where(d == 0, float("-inf"), m), d), sem="relaxed")
+    if SPREAD:
+        tl.atomic_xchg(mine + 1, ~pair(qx, q_sum if uniform is None else tl.cast(0.0, d.dtype)), sem="relaxed")
+
+
+@triton.jit
+def collect(qx, q_sum, uniform, exchange_ptr, row, SPREAD: tl.constexpr, PROGRAMS: tl.constexpr):
+    """`merge_groups` over all programs that share a row, once they have published.
+
+    They wait for those beside them only, and a GPU starts programs in order: whoever waits, waits for one that runs or
+    that runs next.
+    """
+    WORDS: tl.constexpr = 2 if SPREAD else 1
+    row_ptr = exchange_ptr.to(tl.pointer_type(tl.int64)) + row * (PROGRAMS * WORDS)
+    ptrs = row_ptr + tl.arange(0, PROGRAMS * WORDS)
+    words = tl.atomic_add(ptrs, 0, sem="relaxed")
+    # The interpreter's programs run one after the other: `ce_kernels.interpreter` runs them twice.
+    if not INTERPRETED:
+        while tl.min((words != 0).to(tl.int32), axis=0) == 0:
+            words = tl.atomic_add(ptrs, 0, sem="relaxed")
+    if SPREAD:
+        md, q = tl.split(tl.reshape(~words, [PROGRAMS, 2]))
+        m, d = unpaired(md)
+        qx, q_sum = unpaired(q)
+    else:
+        m, d = unpaired(~words)
+    return merge_groups(m, d, qx, q_sum, uniform, SPREAD, False)
 
 
 @triton.jit
@@ -327,24 +386,24 @@ def store_block(
     values,
     start,
     shift,
+    end,
     EDGE: tl.constexpr,
-    N_CLASSES: tl.constexpr,
     WIDE_STORES: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
     SHIFTED: tl.constexpr,
 ):
-    """Writes what of a block lies inside the row: by whole groups where WIDE_STORES says that they align."""
+    """Writes what of a block lies in positions [shift, end): by whole groups where WIDE_STORES says that they align."""
     position = start + tl.arange(0, BLOCK)
     cols = position - shift
-    inside = (cols >= 0) & (cols < N_CLASSES)
+    inside = (cols >= 0) & (cols < end - shift)
     ptrs = row_ptr + (position if WIDE_STORES else cols)
     if not EDGE:
         tl.store(ptrs, values, cache_modifier=".cs")
     elif SHIFTED and WIDE_STORES:
         # The parts of groups at the row's two ends one by one.
         group = position // GROUP * GROUP
-        whole = (group >= shift) & (group + GROUP <= shift + N_CLASSES)
+        whole = (group >= shift) & (group + GROUP <= end)
         tl.store(ptrs, values, mask=whole, cache_modifier=".cs")
         tl.store(ptrs, values, mask=inside & ~whole)
     else:
@@ -435,6 +494,7 @@ def store_gradient_block(
     target_row_ptr,
     weight_ptr,
     shift,
+    end,
     active,
     label_column,
     label_mass,
@@ -447,7 +507,6 @@ def store_gradient_block(
     dlogits_row_ptr,
     dtarget_row_ptr,
     EDGE: tl.constexpr,
-    N_CLASSES: tl.constexpr,
     TOTAL_CLASSES: tl.constexpr,
     SOFT_TARGETS: tl.constexpr,
     WIDE_STORES: tl.constexpr,
@@ -463,22 +522,19 @@ def store_gradient_block(
     EDGE must be of active rows.
     """
     cols = start + tl.arange(0, BLOCK) - shift
-    inside = (cols >= 0) & (cols < N_CLASSES)
-    r = load_logits(
-        logits_row_ptr, start, shift, active, EDGE, "evict_first", N_CLASSES, BLOCK, GROUP, SHIFTED, DTYPE
-    )  # fmt: skip
+    inside = (cols >= 0) & (cols < end - shift)
+    r = load_logits(logits_row_ptr, start, shift, end, active, EDGE, "evict_first", BLOCK, GROUP, SHIFTED, DTYPE)
     t = None
     if SOFT_TARGETS:
         t = load_targets(
-            target_row_ptr, start, shift, active, EDGE, "evict_first", N_CLASSES, BLOCK, GROUP, SHIFTED, WIDE_TARGETS,
-            DTYPE,
-        )  # fmt: skip
+            target_row_ptr, start, shift, end, active, EDGE, "evict_first", BLOCK, GROUP, SHIFTED, WIDE_TARGETS, DTYPE
+        )
     dx = gradient(
         r, t, cols, inside & active if EDGE else None, label_column + shift - start, weight_ptr, label_mass, a, dloss,
         lse, label_smoothing, logit_scale, softcap, TOTAL_CLASSES, BLOCK // GROUP, GROUP, GROUP, DTYPE,
     )  # fmt: skip
     dlogits = dx.to(dlogits_row_ptr.dtype.element_ty)
-    store_block(dlogits_row_ptr, dlogits, start, shift, EDGE, N_CLASSES, WIDE_STORES, BLOCK, GROUP, SHIFTED)
+    store_block(dlogits_row_ptr, dlogits, start, shift, end, EDGE, WIDE_STORES, BLOCK, GROUP, SHIFTED)
     if dtarget_row_ptr is not None:
         store_target_gradient(
             r, cols, inside, dtarget_row_ptr, weight_ptr, dloss, lse, label_smoothing, logit_scale, softcap, DTYPE

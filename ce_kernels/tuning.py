@@ -15,6 +15,7 @@ class Config:
 
     unroll: steps in flight together. backwards: the fused kernel's second pass meets first what the first pass read
     last. max_registers: a thread's, so that more programs share a multiprocessor.
+    programs: how many share a row, each with a part of it: a power of two.
     rows: how many rows a program of `ce_kernels.tiles` takes side by side; 0: the row kernels. row_a_thread: each of
     its threads reads whole rows for their statistics.
     """
@@ -26,6 +27,7 @@ class Config:
     unroll: int = 1
     backwards: bool = False
     max_registers: int | None = None
+    programs: int = 1
     rows: int = 0
     row_a_thread: bool = False
 
@@ -203,6 +205,56 @@ FUSED_CLUSTERS_SOFT_SHIFTED = (
     (4 * 106496, Config(16384, 4, 8, unroll=4, backwards=True, max_registers=64)),  # 2048×98305: 2.19
     (None, Config(16384, 8, 8, unroll=2, backwards=True, max_registers=64)),  # 4096×128257: 2.18; 151937: 2.22
 )
+# Many rows that programs share: each keeps its part in L1 for the second read, which leaves L2 to the first.
+SHARED = (
+    # 4096×65536: 1.03; 3000×81920: 1.07
+    (2 * 90112, Config(2048, 4, unroll=4, backwards=True, max_registers=48, programs=8)),
+    (2 * 110000, Config(2048, 4, unroll=2, backwards=True, max_registers=48, programs=8)),  # 2600×100352: 1.13
+    # 2200×118784: 1.10; 4096×128256: 1.08
+    (2 * 139264, Config(2048, 4, unroll=3, backwards=True, max_registers=48, programs=16)),
+    (2 * 176128, Config(2048, 4, unroll=4, backwards=True, max_registers=48, programs=16)),  # 4096×151936: 1.09
+    (2 * 219000, Config(2048, 4, unroll=2, backwards=True, max_registers=48, programs=16)),  # 2048×202048: 1.17
+    (2 * 349525, Config(2048, 4, unroll=4, backwards=True, max_registers=48, programs=32)),  # 2048×262144: 1.08
+    (2 * 600000, Config(2048, 8, unroll=2, backwards=True, max_registers=40, programs=32)),  # 1024×524288: 1.15
+    (None, Config(4096, 8, unroll=2, backwards=True, max_registers=40, programs=64)),  # 512×1048576: 1.19
+)
+SHARED_IN_PLACE = (
+    (2 * 110000, SHARED[1][1]),  # 4096×65536: 1.08
+    (2 * 176128, Config(2048, 4, unroll=2, backwards=True, max_registers=40, programs=16)),  # 4096×128256: 1.06
+    SHARED[4],
+    (2 * 349525, Config(2048, 4, unroll=2, backwards=True, max_registers=48, programs=32)),  # 2048×262144: 1.11
+    *SHARED[6:],
+)
+SHARED_SMOOTHED = (
+    *SHARED[:3],  # 4096×65536: 1.06; 2600×100352: 1.16; 4096×128256: 1.17
+    SHARED[4],  # 2048×202048: 1.20
+    (2 * 349525, Config(2048, 8, unroll=4, backwards=True, max_registers=48, programs=16)),  # 2048×262144: 1.12
+    *SHARED[6:],
+)
+SHARED_SHIFTED = (
+    (2 * 106496, Config(2048, 4, unroll=3, backwards=True, max_registers=56, programs=8)),  # 3072×80001: 1.21
+    (2 * 139264, Config(2048, 8, unroll=2, backwards=True, max_registers=48, programs=8)),  # 2092×128257: 1.24
+    (2 * 200000, Config(2048, 4, unroll=3, backwards=True, max_registers=56, programs=16)),  # 1766×151937: 1.24
+    (None, Config(2048, 8, unroll=2, backwards=True, max_registers=48, programs=16)),  # 1023×262145: 1.28
+)
+# 2092×128257: 1.37
+SHARED_SHIFTED_SMOOTHED = ((None, Config(1024, 4, unroll=3, backwards=True, max_registers=56, programs=16)),)
+SHARED_SOFT = (
+    FUSED_SOFT[-2],
+    (4 * 57344, Config(1024, 4, unroll=2, backwards=True, max_registers=48, programs=8)),  # 8192×50304: 1.67
+    (4 * 81920, Config(2048, 4, unroll=2, backwards=True, max_registers=72, programs=8)),  # 4096×65536: 1.58
+    (4 * 114688, Config(2048, 4, unroll=3, backwards=True, max_registers=64, programs=16)),  # 2600×100352: 1.68
+    (4 * 139264, Config(2048, 4, unroll=2, backwards=True, max_registers=64, programs=16)),  # 4096×128256: 1.64
+    (4 * 176128, Config(2048, 4, unroll=2, backwards=True, max_registers=72, programs=16)),  # 4096×151936: 1.72
+    (4 * 219000, Config(2048, 8, unroll=2, backwards=True, max_registers=48, programs=16)),  # 2048×202048: 1.74
+    (None, Config(2048, 8, unroll=2, backwards=True, max_registers=48, programs=32)),  # 2048×262144: 1.70
+)
+SHARED_SOFT_SHIFTED = (
+    (4 * 43008, FUSED_SOFT_SHIFTED[-2][1]),
+    (4 * 90112, Config(1024, 4, unroll=2, backwards=True, max_registers=64, programs=8)),  # 8192×50257: 1.87
+    (4 * 180224, Config(1024, 4, unroll=3, backwards=True, max_registers=64, programs=16)),  # 2092×128257: 1.81
+    (None, Config(1024, 4, unroll=2, backwards=True, max_registers=72, programs=32)),  # 1023×262145: 1.96
+)
 STATS = (
     (2 * 1024, Config(1024, 1)),  # 65536×1000: 0.92
     (2 * 3072, Config(512, 2, unroll=4)),  # 65536×2048: 0.51; 87040×3072: 0.51
@@ -276,8 +328,9 @@ APART = {
 }
 # Where those of neighbouring rows are not read together: up to so many classes.
 NARROW = (512, Config(32, 4, rows=128))  # 4·769²×19: 1.88; statistics 0.91
-# Rows from which clusters are worth their barriers, in bytes; fewer rows than this leave multiprocessors idle.
-LONG_ROW, FEW_ROWS = 2 * 65536, 132
+# Rows beyond which clusters are worth their barriers, and from which sharing is worth the exchange, in bytes. So few
+# rows leave multiprocessors idle, and are done before zeros for an exchange would be written.
+LONG_ROW, SHARED_ROW, FEW_ROWS = 2 * 65536, 2 * 65536, 132
 
 
 def power_of_two(n: int) -> int:
@@ -292,18 +345,13 @@ def choose(kernel: str, problem: Problem, *, in_place: bool = False) -> Config:
         return _tile(kernel, problem)
     long = problem.clusters and row_bytes > LONG_ROW
     if kernel == "fused":
-        alone, clusters = (FUSED_IN_PLACE, FUSED_CLUSTERS_IN_PLACE) if in_place else (FUSED, FUSED_CLUSTERS)
-        if problem.soft_targets:
-            alone, clusters = FUSED_SOFT, FUSED_CLUSTERS_SOFT
-            if problem.shifted:
-                alone, clusters = FUSED_SOFT_SHIFTED, FUSED_CLUSTERS_SOFT_SHIFTED
-        elif problem.label_smoothing:
-            alone = FUSED_SHIFTED_SMOOTHED if problem.shifted else FUSED_SMOOTHED
-            clusters = FUSED_CLUSTERS_SMOOTHED_IN_PLACE if in_place else FUSED_CLUSTERS_SMOOTHED
-        elif problem.shifted:
-            alone, clusters = FUSED_SHIFTED, FUSED_CLUSTERS_SHIFTED
-        # Clusters save bandwidth, which a soft cap of hard labels does not use up.
-        table = clusters if long and (problem.soft_targets or not problem.softcap) else alone
+        # A soft cap of hard labels takes longer than the memory, which neither clusters nor sharing relieves.
+        if problem.softcap and not problem.soft_targets:
+            table = _of_one(problem, in_place)
+        elif problem.shared_rows and problem.itemsize < 8 and row_bytes >= SHARED_ROW and problem.n_rows > FEW_ROWS:
+            table = _of_many(problem, in_place)
+        else:
+            table = _of_a_cluster(problem, in_place) if long else _of_one(problem, in_place)
     elif kernel == "stats":
         table = STATS_SHIFTED if problem.shifted else STATS
         if long and problem.n_rows <= FEW_ROWS:
@@ -317,6 +365,42 @@ def choose(kernel: str, problem: Problem, *, in_place: bool = False) -> Config:
     # Wider numbers take more registers.
     max_registers = None if problem.itemsize == 8 else config.max_registers
     return replace(config, block=block, num_warps=warps, max_registers=max_registers)
+
+
+type Table = tuple[tuple[int | None, Config], ...]
+
+
+def _of_one(problem: Problem, in_place: bool) -> Table:
+    """For rows of one program each."""
+    if problem.soft_targets:
+        return FUSED_SOFT_SHIFTED if problem.shifted else FUSED_SOFT
+    if problem.label_smoothing:
+        return FUSED_SHIFTED_SMOOTHED if problem.shifted else FUSED_SMOOTHED
+    if problem.shifted:
+        return FUSED_SHIFTED
+    return FUSED_IN_PLACE if in_place else FUSED
+
+
+def _of_a_cluster(problem: Problem, in_place: bool) -> Table:
+    """For rows that are spread over multiprocessors."""
+    if problem.soft_targets:
+        return FUSED_CLUSTERS_SOFT_SHIFTED if problem.shifted else FUSED_CLUSTERS_SOFT
+    if problem.label_smoothing:
+        return FUSED_CLUSTERS_SMOOTHED_IN_PLACE if in_place else FUSED_CLUSTERS_SMOOTHED
+    if problem.shifted:
+        return FUSED_CLUSTERS_SHIFTED
+    return FUSED_CLUSTERS_IN_PLACE if in_place else FUSED_CLUSTERS
+
+
+def _of_many(problem: Problem, in_place: bool) -> Table:
+    """For rows that programs share."""
+    if problem.soft_targets:
+        return SHARED_SOFT_SHIFTED if problem.shifted else SHARED_SOFT
+    if problem.label_smoothing:
+        return SHARED_SHIFTED_SMOOTHED if problem.shifted else SHARED_SMOOTHED
+    if problem.shifted:
+        return SHARED_SHIFTED
+    return SHARED_IN_PLACE if in_place else SHARED
 
 
 def _tile(kernel: str, problem: Problem) -> Config:
@@ -343,7 +427,7 @@ def _is_wide(problem: Problem) -> bool:
     return problem.aligned and problem.logits_stride == 1 and all(stride % 16 == 0 for stride in strides)
 
 
-def _pick(table: tuple[tuple[int | None, Config], ...], size: int) -> Config:
+def _pick(table: Table, size: int) -> Config:
     return next(config for largest, config in table if largest is None or size <= largest)
 
 

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import jax
 
-from ce_kernels.launch import has_clusters
+from ce_kernels.launch import can_share_rows, has_clusters
 from ce_kernels.spec import check_implementation, fail
 
 # PTX for the oldest supported GPU runs on every later one: for programs lowered on a host without a GPU.
@@ -69,6 +69,12 @@ def compute_capability() -> int | None:
 def clusters(*, spread: bool) -> bool:
     """Whether every GPU can run one program on several multiprocessors; spread: as `has_clusters` has it."""
     return jax.default_backend() == "gpu" and has_clusters(min(_capabilities(), default=0), spread=spread)
+
+
+def shared_rows() -> bool:
+    """Whether programs may share a row on every GPU."""
+    multiprocessors = min((getattr(device, "core_count", 0) for device in jax.devices()), default=0)
+    return jax.default_backend() == "gpu" and can_share_rows(min(_capabilities(), default=0), multiprocessors)
 
 
 def _capabilities() -> frozenset[int]:

@@ -16,7 +16,7 @@ from jax import Array, lax
 
 from ce_kernels import Launch, Options, Problem, plan_fused, plan_grad, plan_stats
 from jax_api import reference
-from jax_api.backend import clusters, compute_capability, interpreting, jax_triton
+from jax_api.backend import clusters, compute_capability, interpreting, jax_triton, shared_rows
 from jax_api.static import Part, Static, Stats
 
 # What XLA's own ptxas accepts; Triton 3.9 would emit PTX 9.4.
@@ -125,6 +125,7 @@ def _problem(logits: Array, target: Array, part: Part, options: Options) -> Prob
         target_stride=n_classes if soft else 1,
         total_classes=part.total,
         clusters=clusters(spread=soft or smoothed),
+        shared_rows=shared_rows(),
         softcap=options.softcap is not None,
         label_smoothing=smoothed,
     )
@@ -167,7 +168,7 @@ def _launch(launch: Launch, arguments: dict, shapes: dict[str, jax.ShapeDtypeStr
     arguments = arguments | {"logits_ptr": guard(arguments["logits_ptr"])}
     with warnings.catch_warnings():
         # jax-triton prefers Refs, which lose the varying-axes type inside cond and scan under shard_map.
-        warnings.filterwarnings("ignore", "input_output_aliases is deprecated", DeprecationWarning)
+        warnings.filterwarnings("ignore", "(input_output_aliases|zeroed_outputs) is deprecated", DeprecationWarning)
         out = triton_call(
             kernel=kernel,
             out_type=list(shapes.values()),
@@ -176,6 +177,7 @@ def _launch(launch: Launch, arguments: dict, shapes: dict[str, jax.ShapeDtypeStr
             compute_capability=compute_capability(),
             backend_options={"ptx_version": PTX_VERSION, **launch.options},
             input_output_aliases={0: len(shapes) - 1} if launch.in_place else None,
+            zeroed_outputs=tuple(i for i, output in enumerate(launch.outputs) if output.zeroed),
             **absent | arguments | dict(launch.constants),
         )
     return dict(zip(shapes, guard(tuple(out)), strict=True))

@@ -88,18 +88,20 @@ CASES = [
     Case("soft_shifted_all_options", 3, 301, "float16", labels="soft", weighted=True, options=ALL),
 ]
 
-# Long enough for several steps of rows that are spread over multiprocessors.
-CLUSTER_CASES = [
-    Case("clusters_masked_start", 3, 1000, logits="masked_start"),
-    Case("clusters", 3, 4200, "bfloat16"),
-    Case("clusters_shifted", 3, 4201, "bfloat16"),
-    Case("clusters_smoothing", 3, 4200, options={"label_smoothing": 0.1}),
-    Case("clusters_weight_smoothing", 3, 2100, weighted=True, options={"label_smoothing": 0.2}),
-    Case("clusters_soft", 2, 4200, "bfloat16", labels="soft"),
-    Case("clusters_soft_shifted", 2, 4201, "bfloat16", labels="soft"),
-    Case("clusters_lowest", 3, 2100, "bfloat16", logits="lowest"),
-    Case("clusters_confident", 3, 2100, sigma=1.0, logits="confident"),
-    Case("clusters_fp64", 3, 2100, "float64", options={"label_smoothing": 0.1}),
+# Long enough for several steps of rows that are spread over multiprocessors, or that programs share.
+LONG_CASES = [
+    Case("long_masked_start", 3, 1000, logits="masked_start"),
+    Case("long", 3, 4200, "bfloat16"),
+    Case("long_shifted", 3, 4201, "bfloat16"),
+    Case("long_smoothing", 3, 4200, options={"label_smoothing": 0.1}),
+    Case("long_weight_smoothing", 3, 2100, weighted=True, options={"label_smoothing": 0.2}),
+    Case("long_soft", 2, 4200, "bfloat16", labels="soft"),
+    Case("long_soft_shifted", 2, 4201, "bfloat16", labels="soft"),
+    Case("long_lowest", 3, 2100, "bfloat16", logits="lowest"),
+    Case("long_confident", 3, 2100, sigma=1.0, logits="confident"),
+    Case("long_masked_low", 3, 1000, logits="masked_low"),
+    Case("long_ignored", 4, 2100, labels="ignored"),
+    Case("long_fp64", 3, 2100, "float64", options={"label_smoothing": 0.1}),
 ]
 
 
@@ -125,7 +127,8 @@ def make(case: Case) -> Arrays:
     if case.logits == "lowest":
         logits[rng.random(shape) < 0.3] = ml_dtypes.finfo(NUMPY[case.dtype]).min
         logits[rows, labels] = 1.0
-    if case.logits in ("masked_tile", "masked_start"):
+    if case.logits in ("masked_tile", "masked_start", "masked_low"):
+        logits -= 200 * (case.logits == "masked_low")
         logits[:, 5 * (case.logits == "masked_tile") : case.n_classes // 2] = -np.inf
         labels[:] = case.n_classes - 1
     if case.logits == "confident":

@@ -105,6 +105,29 @@ def clusters(monkeypatch):
 
 
 @pytest.fixture
+def shared_rows(monkeypatch):
+    """Both front ends' launches let four programs share a row, in steps of 512 bytes."""
+    import jax_api.launch
+    from ce_kernels import tuning
+    from jax_api import sharding
+    from torch_api import launch as torch_launch
+
+    if not HAS_GPU:
+        monkeypatch.setattr(torch_launch, "can_share_rows", lambda capability, multiprocessors: True)
+        monkeypatch.setattr(jax_api.launch, "shared_rows", lambda: True)
+    monkeypatch.setattr(tuning, "TILED", dict.fromkeys(tuning.TILED, 0))
+    monkeypatch.setattr(tuning, "SHARED_ROW", 0)
+    monkeypatch.setattr(tuning, "FEW_ROWS", 0)
+    for table in [name for name, value in vars(tuning).items() if name.startswith("SHARED") and value]:
+        config = tuning.Config(256, 1, unroll=2, backwards=True, programs=4)
+        monkeypatch.setattr(tuning, table, ((None, config),))
+    sharding._operation.cache_clear()
+    with planned_anew():
+        yield
+    sharding._operation.cache_clear()
+
+
+@pytest.fixture
 def one_row_a_program(monkeypatch):
     """Short rows, too, have programs of their own."""
     from ce_kernels import tuning

@@ -105,6 +105,7 @@ FRONTENDS = [
     )
 ]
 each_frontend = pytest.mark.parametrize("frontend", FRONTENDS)
+each_kernel = pytest.mark.parametrize("frontend", [one for one in FRONTENDS if "reference" not in one.id])
 each_torch_kernel = pytest.mark.parametrize(
     "frontend", [one for one in FRONTENDS if one.id in ("torch-interpreter", "torch-gpu")]
 )

@@ -7,7 +7,7 @@ import pytest
 from tests import oracle
 from tests.cases import (
     CASES,
-    CLUSTER_CASES,
+    LONG_CASES,
     NUMPY,
     ROUNDOFF,
     SMALLEST,
@@ -18,13 +18,18 @@ from tests.cases import (
     oracle_options,
 )
 from tests.conftest import HAS_GPU
-from tests.frontends import each_frontend, each_torch_kernel
+from tests.frontends import each_frontend, each_kernel, each_torch_kernel
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
-def check_case(frontend, case: Case, reduction: str, denominator: float | None = None) -> None:
-    """Loss, dlogits, dtarget and dweight of one case and reduction within what the arithmetic can produce."""
+def check_case(
+    frontend, case: Case, reduction: str, denominator: float | None = None, *, with_dtarget: bool = True
+) -> None:
+    """Loss, dlogits, dtarget and dweight of one case and reduction within what the arithmetic can produce.
+
+    Soft targets without a gradient, as those of a teacher, are trained in one launch.
+    """
     arrays = make(case)
     options = oracle_options(case, arrays.weight)
     rng = np.random.default_rng(0)
@@ -35,7 +40,8 @@ def check_case(frontend, case: Case, reduction: str, denominator: float | None =
         np.ones(case.n_rows) if reduction == "none" else oracle.upstream(arrays.target, options, reduction, denominator)
     )
     g = rng.normal(size=case.n_rows) * (np.arange(case.n_rows) != 3) if reduction == "none" else np.ones(())
-    (value,), grads = differentiate(frontend, case, arrays, reduction, denominator, g)
+    with_dtarget &= case.soft
+    (value,), grads = differentiate(frontend, case, arrays, reduction, denominator, g, with_dtarget)
     compute = "float64" if case.dtype == "float64" else "float32"
     assert value.dtype == compute
     assert value.shape == np.shape(expected)
@@ -44,7 +50,7 @@ def check_case(frontend, case: Case, reduction: str, denominator: float | None =
         assert_close(value, expected, bound if reduction == "none" else np.sum(np.where(each == 0, 0, each * bound)))
 
     dloss = g * each
-    check_gradients(frontend, case, arrays, options, dloss, None, grads, compute)
+    check_gradients(frontend, case, arrays, options, dloss, None, grads, compute, with_dtarget=with_dtarget)
     if arrays.weight is not None and denominator is None and np.isfinite(each).all():
         if reduction == "mean" and not case.soft:
             dweight = oracle.mean_dweight(arrays.logits, arrays.target, options)
@@ -59,18 +65,18 @@ def check_case(frontend, case: Case, reduction: str, denominator: float | None =
         )
 
 
-def differentiate(frontend, case, arrays: Arrays, reduction, denominator, g):
+def differentiate(frontend, case, arrays: Arrays, reduction, denominator, g, with_dtarget):
     """The loss and its gradients by logits, soft targets and weights."""
     inputs = [arrays.logits]
-    inputs += [arrays.target] if case.soft else []
+    inputs += [arrays.target] if with_dtarget else []
     inputs += [] if arrays.weight is None else [arrays.weight]
-    labels = None if case.soft else frontend.array(arrays.target)
+    fixed = None if with_dtarget else frontend.array(arrays.target)
     # Out of range labels raise on the CPU in torch, which is tested elsewhere; under autograd they are NaN.
     options = {**case.options, "reduction": reduction, "denominator": getattr(denominator, "array", denominator)}
 
     def function(logits, *rest):
         rest = list(rest)
-        target = rest.pop(0) if case.soft else labels
+        target = rest.pop(0) if with_dtarget else fixed
         weight = rest.pop(0) if rest else None
         return (frontend.api.cross_entropy(logits, target, weight, implementation=frontend.implementation, **options),)
 
@@ -84,7 +90,7 @@ def loss_bound(arrays, options, rows, compute) -> np.ndarray:
     return ROUNDOFF[compute] * (c * (np.abs(rows.target_sum) + np.abs(rows.loss)) + of_z)
 
 
-def check_gradients(frontend, case, arrays, options, dloss, dlse, grads, compute) -> None:
+def check_gradients(frontend, case, arrays, options, dloss, dlse, grads, compute, *, with_dtarget=True) -> None:
     # The interpreter truncates to bf16 where hardware rounds: twice the error.
     truncates = frontend.implementation == "triton" and not HAS_GPU and case.dtype == "bfloat16"
     out = ROUNDOFF[case.dtype] * (2 if truncates else 1)
@@ -103,7 +109,7 @@ def check_gradients(frontend, case, arrays, options, dloss, dlse, grads, compute
     # Below the smallest normal number everything may round to 0.
     floor = SMALLEST[case.dtype] * (1 + np.abs(dloss).max(initial=0))
     assert_close(grads[0], expected.dlogits, expected.dlogits_bound + floor)
-    if case.soft:
+    if case.soft and with_dtarget:
         assert grads[1].dtype == arrays.target.dtype
         bound = out * np.abs(expected.dtarget) + 4 * c * ROUNDOFF[compute] * np.abs(dloss)[:, None]
         assert_close(grads[1], expected.dtarget, bound)
@@ -137,11 +143,18 @@ def test_loss_and_gradients(frontend, reduction, case):
 
 
 @each_torch_kernel
-@pytest.mark.parametrize("case", CLUSTER_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", LONG_CASES, ids=lambda case: case.name)
 def test_rows_spread_over_clusters(clusters, case, frontend):
     """What a GPU with clusters runs on long rows."""
     for reduction in ("mean", "none"):
-        check_case(frontend, case, reduction)
+        check_case(frontend, case, reduction, with_dtarget=False)
+
+
+@each_kernel
+@pytest.mark.parametrize("case", LONG_CASES, ids=lambda case: case.name)
+def test_rows_that_programs_share(shared_rows, case, frontend):
+    """What a GPU of many multiprocessors runs on many long rows; JAX writes the gradient over the logits."""
+    check_case(frontend, case, "mean", with_dtarget=False)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
@@ -155,7 +168,7 @@ def test_enormous_logits_have_finite_gradients(frontend, reduction, dtype):
     logits[5] = lowest
     arrays = Arrays(logits, np.zeros(6, np.int64), None)
     g = np.ones(6) if reduction == "none" else np.ones(())
-    (loss,), (gradient,) = differentiate(frontend, Case("enormous", 6, 8, dtype), arrays, reduction, None, g)
+    (loss,), (gradient,) = differentiate(frontend, Case("enormous", 6, 8, dtype), arrays, reduction, None, g, False)
     np.testing.assert_allclose(np.sum(np.asarray(loss, np.float64)), np.log(8), rtol=1e-6)
     gradient = np.asarray(gradient, np.float64)
     np.testing.assert_allclose(gradient[:5], 0.0, atol=2.0**-23)

@@ -52,9 +52,10 @@ def test_no_synchronisation():
             torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("n_classes", [32000, 128256])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_same_bits_every_time(reduction):
-    logits, labels = problem()
+def test_same_bits_every_time(reduction, n_classes):
+    logits, labels = problem(n_classes=n_classes)
 
     def in_torch():
         leaf = logits.clone().requires_grad_()
@@ -78,6 +79,56 @@ def test_same_bits_every_time(reduction):
         again = in_jax(x)
         assert again[0] == jax_loss
         assert (again[1] == jax_grad).all()
+
+
+def test_programs_that_share_rows_find_room_beside_those_of_other_streams():
+    """Each waits for the others of its row, and all streams' programs wait for a place on the device."""
+    logits, labels = problem(1024, 128256)
+
+    def step():
+        leaf = logits.detach().requires_grad_()
+        loss = cross_entropy(leaf, labels)
+        return loss, torch.autograd.grad(loss, leaf)[0]
+
+    loss, grad = step()
+    streams = [torch.cuda.Stream() for _ in range(8)]
+    torch.cuda.synchronize()
+    for _ in range(5):
+        found = []
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(step())
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, loss) and torch.equal(da, grad) for a, da in found)
+
+
+@pytest.mark.parametrize("n_classes", [65536, 128256])
+def test_a_gradient_in_place_leaves_the_label_to_the_loss(n_classes):
+    """No warp of the program that has the label may overwrite it before the others have read it."""
+    logits, labels = problem(2048, n_classes)
+    expected = cross_entropy(logits.clone().requires_grad_(), labels)
+    for _ in range(20):
+        own = logits.clone().requires_grad_() * 1
+        loss = cross_entropy(own, labels, donate_logits=True)
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0.0)
+
+
+def test_a_graph_of_programs_that_share_rows_is_replayed_with_other_logits():
+    logits, labels = problem(256, 128256)
+    step = logits.clone().requires_grad_()
+    cross_entropy(step, labels)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = cross_entropy(step, labels)
+        (grad,) = torch.autograd.grad(loss, step)
+    for scale in (1.0, -2.0, 0.5):
+        with torch.no_grad():
+            step.copy_(logits * scale)
+        graph.replay()
+        leaf = step.detach().clone().requires_grad_()
+        expected = cross_entropy(leaf, labels)
+        assert torch.equal(loss, expected)
+        assert torch.equal(grad, torch.autograd.grad(expected, leaf)[0])
 
 
 def test_row_offsets_beyond_31_bits():

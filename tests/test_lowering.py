@@ -75,6 +75,16 @@ def test_every_device_runs_the_kernels_on_its_own_slice(lowered, form):
     assert grad["aliases"] == [["", "0"]]
 
 
+def test_programs_that_share_rows_find_zeros(lowered):
+    (call,) = lowered["shared_rows"]
+    assert call["kernel"] == "cross_entropy_fused_kernel"
+    assert call["aliases"] == [["4", "0"]]
+    assert call["programs"] == 256 * 16
+    assert call["zeroed"] == [256 * 16 * 8], "bytes"
+    assert lowered["train"][0]["programs"] == 64
+    assert lowered["train"][0]["zeroed"] == []
+
+
 @pytest.mark.parametrize("form", ["explicit_rows", "one_model_device"])
 def test_rows_alone_sharded_are_the_fused_kernel(lowered, form):
     (call,) = lowered[form]
@@ -93,7 +103,7 @@ def test_cpu_programs_hold_no_kernel(lowered):
 
 def test_every_kernel_compiles_for_every_dtype_and_from_ampere_to_blackwell_and_for_amd():
     nvidia, amd, two_levels, alone = 2 + 4 + 2, 1, 3 * 2, 2 * 5
-    tiles, exchanges, between_boundaries = (3 * 4 + 2) * 3, 2 * 2, 3
+    tiles, exchanges, between_boundaries = (3 * 4 + 2) * 3, 2 * 2 + 3 * 3, 3
     assert run_compiled("tests.compiled.compile_all") == {
         "compiled": (nvidia + amd) * 3 * 3 + tiles + exchanges + between_boundaries + two_levels + alone
     }

@@ -12,7 +12,7 @@ from triton.runtime.errors import InterpreterError
 import ce_kernels
 from ce_kernels import Options, elements, kernels, passes, tiles
 from jax_api import sharding
-from tests.cases import CASES, CLUSTER_CASES
+from tests.cases import CASES, LONG_CASES
 from tests.conftest import HAS_GPU
 from tests.frontends import Jax, Torch
 from tests.test_contract import check_case
@@ -51,16 +51,16 @@ KERNEL_MUTANTS = {
         "mask=mask, other=0.0, eviction_policy=EVICTION)",
     ),
     "neighbouring_rows_counted": (
-        'r = tl.where((position >= shift) & (position < shift + N_CLASSES), r, float("-inf"))',
+        'r = tl.where((position >= shift) & (position < end), r, float("-inf"))',
         "r = r + 0.0",
     ),
     "last_column_dropped_from_statistics": (
-        "(position < shift + N_CLASSES), r",
-        "(position < shift + N_CLASSES - 1), r",
+        "(position < end), r",
+        "(position < end - 1), r",
     ),
     "last_column_dropped_from_gradient": (
-        "inside = (cols >= 0) & (cols < N_CLASSES)\n    ptrs = row_ptr",
-        "inside = (cols >= 0) & (cols < N_CLASSES - 1)\n    ptrs = row_ptr",
+        "inside = (cols >= 0) & (cols < end - shift)\n    ptrs = row_ptr",
+        "inside = (cols >= 0) & (cols < end - shift - 1)\n    ptrs = row_ptr",
     ),
     "ends_of_rows_not_stored": ("mask=inside & ~whole)", "mask=whole)"),
     "class_weight_ignored_for_label": ("mass = mass * tl.load(weight_ptr + safe).to(DTYPE)", "mass = mass * 1.0"),
@@ -93,6 +93,19 @@ CLUSTER_MUTANTS = {
         "md, qx = tl.split(left)",
         "md, _ = tl.split(left)\n        qx, _ = tl.split(right)",
     ),
+}
+
+SHARED_MUTANTS = {
+    "every_row_is_the_first": ("+ row * (PROGRAMS * WORDS)", "+ 0 * row * (PROGRAMS * WORDS)"),
+    "another_part_is_not_heard": ("(row * PROGRAMS + program) * WORDS", "(row * PROGRAMS + program // 2) * WORDS"),
+    "a_masked_part_has_a_maximum": ('~pair(tl.where(d == 0, float("-inf"), m), d)', "~pair(m, d)"),
+    "sums_of_x_and_of_q_confused": ("qx, q_sum = unpaired(q)", "q_sum, qx = unpaired(q)"),
+    "spread_of_a_part_lost": ("~pair(qx, q_sum if", "~pair(0.0 * qx, q_sum if"),
+    "labels_of_the_first_part_alone": ("here = writes & (column >= 0)", "here = writes & (program == 0)"),
+    "parts_overlap": ("end = tl.minimum(begin + SLICE,", "end = tl.minimum(begin + SLICE + GROUP,"),
+    "parts_have_gaps": ("end = tl.minimum(begin + SLICE,", "end = tl.minimum(begin + SLICE - GROUP,"),
+    "start_of_a_row_unmasked": ("first = tl.where(program == 0, BLOCK, begin)", "first = begin"),
+    "loss_by_nobody": ("writes = tl.where(column < 0, program == 0,", "writes = tl.where(column < 0, program < 0,"),
 }
 
 TILE_MUTANTS = {
@@ -186,10 +199,10 @@ def use(copy, monkeypatch):
     monkeypatch.setattr(launch, "kernel", lambda name: getattr(copy, name))
 
 
-def survives(frontend, case) -> bool:
+def survives(frontend, case, reductions=("none", "mean"), **more) -> bool:
     try:
-        for reduction in ("none", "mean"):
-            check_case(frontend, case, reduction)
+        for reduction in reductions:
+            check_case(frontend, case, reduction, **more)
     except (AssertionError, InterpreterError):
         # The interpreter raises where a number is none.
         return False
@@ -207,7 +220,14 @@ def test_kernel_mutant_is_killed(one_row_a_program, name, tmp_path, monkeypatch)
 def test_mutant_on_clusters_is_killed(clusters, name, tmp_path, monkeypatch):
     use(load_kernels(*CLUSTER_MUTANTS[name], tmp_path, monkeypatch), monkeypatch)
     frontend = Torch("triton", DEVICE)
-    assert not all(survives(frontend, case) for case in CLUSTER_CASES), f"mutant {name} survives"
+    assert not all(survives(frontend, case) for case in LONG_CASES), f"mutant {name} survives"
+
+
+@pytest.mark.parametrize("name", SHARED_MUTANTS)
+def test_mutant_of_shared_rows_is_killed(shared_rows, name, tmp_path, monkeypatch):
+    use(load_kernels(*SHARED_MUTANTS[name], tmp_path, monkeypatch), monkeypatch)
+    frontend = Torch("triton", DEVICE)
+    assert not all(survives(frontend, case, ["mean"], with_dtarget=False) for case in LONG_CASES), f"{name} survives"
 
 
 def tiles_survive() -> bool:

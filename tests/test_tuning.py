@@ -11,7 +11,8 @@ LONG, MIDDLE, ODD = 128256, 32000, 50257
 
 
 def chosen(n_classes, in_place=False, **facts):
-    problem = Problem(64, n_classes, "bfloat16", facts.pop("soft_targets", False), n_classes, 1, n_classes, **facts)
+    n_rows = facts.pop("n_rows", 64)
+    problem = Problem(n_rows, n_classes, "bfloat16", facts.pop("soft_targets", False), n_classes, 1, n_classes, **facts)
     return tuning.choose("fused", problem, in_place=in_place)
 
 
@@ -34,6 +35,16 @@ def chosen(n_classes, in_place=False, **facts):
         (LONG + 1, {"clusters": True}, "FUSED_CLUSTERS_SHIFTED"),
         (LONG, {"clusters": True, "softcap": True}, "FUSED"),
         (LONG, {"clusters": False}, "FUSED"),
+        (LONG, {"n_rows": 133, "shared_rows": True}, "SHARED"),
+        (LONG, {"n_rows": 133, "shared_rows": True, "in_place": True}, "SHARED_IN_PLACE"),
+        (LONG, {"n_rows": 133, "shared_rows": True, "softcap": True}, "FUSED"),
+        (LONG, {"n_rows": 133, "shared_rows": True, "label_smoothing": True}, "SHARED_SMOOTHED"),
+        (LONG, {"n_rows": 133, "shared_rows": True, "soft_targets": True}, "SHARED_SOFT"),
+        (LONG + 1, {"n_rows": 133, "shared_rows": True}, "SHARED_SHIFTED"),
+        (LONG + 1, {"n_rows": 133, "shared_rows": True, "label_smoothing": True}, "SHARED_SHIFTED_SMOOTHED"),
+        (LONG + 1, {"n_rows": 133, "shared_rows": True, "soft_targets": True}, "SHARED_SOFT_SHIFTED"),
+        (MIDDLE, {"n_rows": 133, "shared_rows": True}, "FUSED"),
+        (LONG, {"n_rows": 132, "shared_rows": True, "clusters": True}, "FUSED_CLUSTERS"),
     ],
     ids=str,
 )

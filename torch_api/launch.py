@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ce_kernels import Launch, Problem, plan_fused, plan_grad, plan_stats
-from ce_kernels.launch import has_clusters, has_overlap
+from ce_kernels.launch import can_share_rows, has_clusters, has_overlap
 from ce_kernels.spec import check_implementation, fail
 from torch_api import layout, reference, slices
 from torch_api.rows import Inputs, RowSpec, Stats, Upstream
@@ -97,7 +97,14 @@ def fused(inputs: Inputs, denominator: Tensor, spec: RowSpec, *, donate: bool = 
     call = _plan_fused(_arrays(readable), spec, in_place)
     loss, lse, target_sum = _row_outputs(call, logits)
     dlogits = None if in_place else _gradient_output(call, logits)
-    _run(call, readable, (denominator,), (loss, lse, target_sum, dlogits))
+    outputs = (loss, lse, target_sum, dlogits)
+    for exchange in call.exchange:
+        words = None if exchange is None else torch.zeros(exchange, dtype=torch.int32, device=logits.device)
+        outputs = (*outputs, words)
+        if words is not None and os.environ.get("TRITON_INTERPRET") == "1":
+            # Its programs run one after the other: the first time they only leave what they have to say.
+            _run(call, readable._replace(logits=logits.clone()), (denominator,), outputs)
+    _run(call, readable, (denominator,), outputs)
     return Stats(loss, lse, target_sum), logits if dlogits is None else dlogits
 
 
@@ -208,6 +215,11 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+
+
 # Kernels and what Triton compiled of them, by what it looks at in arguments: its own search takes as long as a launch.
 _Compiled = dict[tuple, tuple[Any, Any]]
 
@@ -220,6 +232,7 @@ class _Call(NamedTuple):
     rows: tuple[tuple[int, ...], tuple[int, ...]]
     dtype: torch.dtype
     gradient_strides: tuple[int, ...]
+    exchange: tuple[tuple[int, ...] | None, ...]
     scalars: tuple[int | float | None, ...]
     constants: tuple[int | bool, ...]
     options: dict[str, Any]
@@ -272,6 +285,7 @@ def _problem(arrays: tuple, spec: RowSpec) -> Problem:
         aligned=aligned,
         target_aligned=target_aligned,
         clusters=has_clusters(_capability(device), spread=soft or smoothed),
+        shared_rows=can_share_rows(_capability(device), _multiprocessors(device)),
         overlapped=has_overlap(_capability(device)),
         softcap=spec.options.softcap is not None,
         label_smoothing=smoothed,
@@ -284,12 +298,15 @@ def _call(launch: Launch, arrays: tuple, spec: RowSpec) -> _Call:
     # By place, a launch takes a fifth less than by name. Names of pointers end in _ptr, those of constants are upper
     # case; a scalar that is not known is off.
     names = [name for name in kernel(launch.kernel).arg_names if not name.endswith("_ptr")]
+    shapes = {output.name: output.shape for output in launch.outputs}
     return _Call(
         launch.kernel,
         (*launch.grid, 1, 1),
         (shape[:-1], layout.contiguous_strides(shape[:-1])),
         torch.float64 if known["SCALARS_IN_MEMORY"] else torch.float32,
         layout.gradient_strides(shape, strides),
+        # The shape, None where no rows are shared, nothing where the kernel knows no such parameter.
+        tuple(shapes.get(name) for name in kernel(launch.kernel).arg_names if name == "exchange_ptr"),
         tuple(known.get(name) for name in names if not name.isupper()),
         tuple(known[name] for name in names if name.isupper()),
         launch.options,

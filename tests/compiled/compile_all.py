@@ -120,6 +120,34 @@ for target in TARGETS[1:3]:
         assert launch.config.num_ctas > 1
         compile_launch(launch, problem, options, False, {"denominator_ptr": "*fp32"}, target)
         count += 1
+# What programs that share rows say of them: plain, with the sum of x, with soft targets, between 16-byte boundaries.
+for target in TARGETS[:3]:
+    for n, options, soft in (
+        (151936, PLAIN, False),
+        (151937, Options(label_smoothing=0.1), False),
+        (151936, PLAIN, True),
+    ):
+        stride = n if soft else 1
+        smoothed = bool(options.label_smoothing)
+        problem = Problem(
+            1024,
+            n,
+            "bfloat16",
+            soft,
+            n,
+            stride,
+            n,
+            shared_rows=True,
+            label_smoothing=smoothed,
+            overlapped=target.arch > 80,
+        )
+        launch = plan_fused(problem, denominator_stride=0, in_place=False)
+        assert launch.config.programs > 1
+        ptx = compile_launch(launch, problem, options, False, {"denominator_ptr": "*fp32"}, target)
+        assert len(re.findall(r"atom\.global\.gpu\.relaxed", ptx)) >= 3
+        # Whatever orders memory empties L1.
+        assert not re.search(r"\.acq|\.release|membar|fence|ld\.volatile", ptx), "an order of memory"
+        count += 1
 # Rows of soft targets that start between 16-byte boundaries as those of the logits do.
 n = 9001
 problem = Problem(1024, n, "bfloat16", True, n, n, n, overlapped=True)

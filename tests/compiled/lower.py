@@ -3,6 +3,7 @@
 import json
 import re
 import zlib
+from unittest import mock
 
 import jax
 import jax.export
@@ -42,6 +43,9 @@ def calls_in(module):
                 "logits": str(op.operands[0].type),
                 "kernel": re.search(r"cross_entropy_\w+_kernel", proto)[0],
                 "aliases": re.findall(alias, str(op.attributes["output_operand_aliases"])),
+                # The grid's first size of three, and of every array the bytes to zero, where there are any.
+                "programs": varint(re.search(r"\x10([\x80-\xff]*[\x00-\x7f])\x18\x01 \x01\*", proto)[1]),
+                "zeroed": [varint(size) for size in re.findall(r"\*.\n.\x08([\x80-\xff]*[\x00-\x7f])\x10\x10", proto)],
                 "version": re.search(r"\.version (\S+)", proto)[1],
                 "target": re.search(r"\.target (\w+)", proto)[1],
                 "wide_loads": len(re.findall(r"ld\.global[^\n]*\.v4\.b32", proto)),
@@ -50,6 +54,11 @@ def calls_in(module):
             }
         )
     return calls
+
+
+def varint(text):
+    """A number as protocol buffers write it: seven bits a byte, the lowest first."""
+    return sum((ord(byte) & 127) << 7 * i for i, byte in enumerate(text))
 
 
 def row_gradients(x, y):
@@ -106,6 +115,10 @@ def main():
     report: dict = {name: custom_calls(program) for name, program in traced.items()}
     short = jax.ShapeDtypeStruct((N, 128), jnp.bfloat16)
     report["short_rows"] = custom_calls(jax.jit(functions["train"]).trace(short, y))
+    # As on a GPU of many multiprocessors.
+    with mock.patch("jax_api.launch.shared_rows", return_value=True):
+        long = jax.ShapeDtypeStruct((256, 128256), jnp.bfloat16), jax.ShapeDtypeStruct((256,), jnp.int32)
+        report["shared_rows"] = custom_calls(jax.jit(functions["train"]).trace(*long))
     report |= {name: custom_calls(program) for name, program in sharded_programs().items()}
     report["exported"] = exported(functions["train"], x, y)
     report["cpu"] = any("triton" in program.lower(lowering_platforms=("cpu",)).as_text() for program in traced.values())
