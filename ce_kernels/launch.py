@@ -232,10 +232,26 @@ def _gradient_output(problem: Problem, in_place: bool) -> tuple[Output, ...]:
 
 def _exchange(problem: Problem, config: Config) -> tuple[Output, ...]:
     """What the programs that share a row say of it: maximum and sum of exponentials; Σq·x and Σq of spread mass."""
-    if config.programs == 1:
+    programs, _ = _parts(problem, config)
+    if programs == 1:
         return ()
     numbers = 4 if problem.soft_targets or problem.label_smoothing else 2
-    return (Output("exchange_ptr", (problem.n_rows, config.programs, numbers), "int32", zeroed=True),)
+    return (Output("exchange_ptr", (problem.n_rows, programs, numbers), "int32", zeroed=True),)
+
+
+def _parts(problem: Problem, config: Config) -> tuple[int, int]:
+    """How many programs share a row, and how many positions of it each has, but the last, which may have fewer."""
+    # Parts begin where lines of 128 bytes do, as rows mostly do.
+    unit = config.block if config.whole_blocks else 128 // problem.itemsize
+    positions = _positions(problem)
+    part = -(-positions // config.programs)
+    part = -(-part // unit) * unit
+    return -(-positions // part), part
+
+
+def _positions(problem: Problem) -> int:
+    """Of a row, from the 16-byte boundary before it, at the most."""
+    return problem.n_classes + (problem.group - 1 if problem.shifted else 0)
 
 
 def _plan(
@@ -274,7 +290,7 @@ def _plan(
         of_dlogits["class_stride"] = None if problem.dlogits_class_stride == 1 else problem.dlogits_class_stride
     else:
         constants |= {"GROUP": problem.group, "SHIFTED": problem.shifted, "WIDE_TARGETS": problem.wide_targets}
-        positions += problem.group - 1 if problem.shifted else 0
+        positions = _positions(problem)
         if problem.rows_inner is not None:
             constants["rows_inner"] = problem.rows_inner
         if kernel != "grad":
@@ -282,11 +298,9 @@ def _plan(
         if kernel != "stats":
             constants["WIDE_STORES"] = problem.wide_stores(in_place)
         if kernel == "fused":
-            # Parts begin where lines of 128 bytes do, as rows are mostly aligned.
-            line = 128 // problem.itemsize
-            part = -(-positions // config.programs)
-            constants |= {"BACKWARDS": config.backwards, "PROGRAMS": config.programs, "SLICE": -(-part // line) * line}
-            programs *= config.programs
+            shared_by, part = _parts(problem, config)
+            constants |= {"BACKWARDS": config.backwards, "PROGRAMS": shared_by, "SLICE": part}
+            programs *= shared_by
     constants |= {f"logits_{name}": value for name, value in of_logits.items()}
     if kernel != "stats":
         constants["DLOGITS_STRIDE"] = problem.dlogits_stride or problem.n_classes

@@ -286,6 +286,15 @@ def publish(m, d, qx, q_sum, uniform, exchange_ptr, row, program, SPREAD: tl.con
 
 
 @triton.jit
+def ask(ptrs, there, ALL: tl.constexpr):
+    """Published words: 0 where there is none yet, and 1 where there will be none."""
+    if ALL:
+        return tl.atomic_add(ptrs, 0, sem="relaxed")
+    else:
+        return tl.where(there, tl.atomic_add(ptrs, 0, mask=there, sem="relaxed"), 1)
+
+
+@triton.jit
 def collect(qx, q_sum, uniform, exchange_ptr, row, SPREAD: tl.constexpr, PROGRAMS: tl.constexpr):
     """`merge_groups` over all programs that share a row, once they have published.
 
@@ -293,19 +302,27 @@ def collect(qx, q_sum, uniform, exchange_ptr, row, SPREAD: tl.constexpr, PROGRAM
     that runs next.
     """
     WORDS: tl.constexpr = 2 if SPREAD else 1
+    # As `tl.arange` wants it.
+    POWER_OF_TWO: tl.constexpr = triton.next_power_of_2(PROGRAMS)
     row_ptr = exchange_ptr.to(tl.pointer_type(tl.int64)) + row * (PROGRAMS * WORDS)
-    ptrs = row_ptr + tl.arange(0, PROGRAMS * WORDS)
-    words = tl.atomic_add(ptrs, 0, sem="relaxed")
+    place = tl.arange(0, POWER_OF_TWO * WORDS)
+    there = place < PROGRAMS * WORDS
+    words = ask(row_ptr + place, there, POWER_OF_TWO == PROGRAMS)
     # The interpreter's programs run one after the other: `ce_kernels.interpreter` runs them twice.
     if not INTERPRETED:
         while tl.min((words != 0).to(tl.int32), axis=0) == 0:
-            words = tl.atomic_add(ptrs, 0, sem="relaxed")
+            words = ask(row_ptr + place, there, POWER_OF_TWO == PROGRAMS)
     if SPREAD:
-        md, q = tl.split(tl.reshape(~words, [PROGRAMS, 2]))
+        md, q = tl.split(tl.reshape(~words, [POWER_OF_TWO, 2]))
         m, d = unpaired(md)
         qx, q_sum = unpaired(q)
     else:
         m, d = unpaired(~words)
+    if POWER_OF_TWO > PROGRAMS:
+        there = tl.arange(0, POWER_OF_TWO) < PROGRAMS
+        m, d = tl.where(there, m, float("-inf")), tl.where(there, d, 0.0)
+        if SPREAD:
+            qx, q_sum = tl.where(there, qx, 0.0), tl.where(there, q_sum, 0.0)
     return merge_groups(m, d, qx, q_sum, uniform, SPREAD, False)
 
 

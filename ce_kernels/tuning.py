@@ -15,7 +15,8 @@ class Config:
 
     unroll: steps in flight together. backwards: the fused kernel's second pass meets first what the first pass read
     last. max_registers: a thread's, so that more programs share a multiprocessor.
-    programs: how many share a row, each with a part of it: a power of two.
+    programs: how many share a row at the most, each with a part of it. whole_blocks: of which all but the last are of
+    whole steps.
     rows: how many rows a program of `ce_kernels.tiles` takes side by side; 0: the row kernels. row_a_thread: each of
     its threads reads whole rows for their statistics.
     """
@@ -28,6 +29,7 @@ class Config:
     backwards: bool = False
     max_registers: int | None = None
     programs: int = 1
+    whole_blocks: bool = False
     rows: int = 0
     row_a_thread: bool = False
 

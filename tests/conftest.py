@@ -5,6 +5,7 @@ JAX's CPU counts as eight devices, for tests of sharding, with or without a GPU 
 
 import contextlib
 import os
+from dataclasses import replace
 
 import torch
 
@@ -104,9 +105,12 @@ def clusters(monkeypatch):
         yield
 
 
-@pytest.fixture
-def shared_rows(monkeypatch):
-    """Both front ends' launches let four programs share a row, in steps of 512 bytes."""
+@pytest.fixture(params=[4])
+def shared_rows(monkeypatch, request):
+    """Both front ends' launches let programs share a row in steps of 512 bytes: four of them, or as many as asked for.
+
+    Those asked for have whole steps.
+    """
     import jax_api.launch
     from ce_kernels import tuning
     from jax_api import sharding
@@ -119,8 +123,8 @@ def shared_rows(monkeypatch):
     monkeypatch.setattr(tuning, "SHARED_ROW", 0)
     monkeypatch.setattr(tuning, "FEW_ROWS", 0)
     for table in [name for name, value in vars(tuning).items() if name.startswith("SHARED") and value]:
-        config = tuning.Config(256, 1, unroll=2, backwards=True, programs=4)
-        monkeypatch.setattr(tuning, table, ((None, config),))
+        config = tuning.Config(256, 1, unroll=2, backwards=True, programs=request.param)
+        monkeypatch.setattr(tuning, table, ((None, replace(config, whole_blocks=request.param != 4)),))
     sharding._operation.cache_clear()
     with planned_anew():
         yield
