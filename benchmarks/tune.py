@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from benchmarks.timing import cuda_ms, wrong_gradient
 from ce_kernels import Launch, Problem, plan_fused, plan_grad, plan_stats
+from ce_kernels.launch import SHARED_BY
 from ce_kernels.tuning import TILED, Config, power_of_two
 
 ROW_OPERANDS = {"stats": (), "grad": ("lse_ptr", "target_sum_ptr", "dloss_ptr"), "fused": ("denominator_ptr",)}
@@ -75,12 +76,12 @@ def candidates(kernel: str, n_classes: int, itemsize: int) -> list[Config]:
 
 
 def shared(n_classes: int, itemsize: int) -> list[Config]:
-    """Configurations of programs that share a row, of which each has a few blocks."""
+    """Configurations of programs that share a row, of which each has a few steps."""
     found = []
-    for programs, num_warps, vectors in itertools.product((2, 4, 8, 16, 32, 64), (2, 4, 8), (1, 2)):
+    for steps, num_warps, vectors in itertools.product((2, 3, 4, 5, 6, 8), (2, 4, 8), (1, 2)):
         block = num_warps * 32 * vectors * 16 // itemsize
-        if 2 <= n_classes / programs / block <= 32:
-            found.append(Config(block, num_warps, backwards=True, programs=programs))
+        if 2 <= -(-n_classes // (steps * block)) <= SHARED_BY:
+            found.append(Config(block, num_warps, backwards=True, steps=steps))
     return found
 
 

@@ -120,13 +120,6 @@ def transform(r, logit_scale, softcap):
 
 
 @triton.jit
-def logit_at(ptr, inside, logit_scale, softcap, DTYPE: tl.constexpr):
-    """x of one class a row; of raw 0 where not inside."""
-    x, _ = transform(tl.load(ptr, mask=inside, other=0.0).to(DTYPE), logit_scale, softcap)
-    return x
-
-
-@triton.jit
 def row_target(
     row,
     logits_row_ptr,
@@ -169,7 +162,7 @@ def row_target(
     if weight_ptr is not None:
         mass = mass * tl.load(weight_ptr + safe).to(DTYPE)
     place = safe if class_stride is None else safe * class_stride
-    x = logit_at(logits_row_ptr + place, inside, logit_scale, softcap, DTYPE)
+    x, _ = transform(tl.load(logits_row_ptr + place, mask=inside, other=0.0).to(DTYPE), logit_scale, softcap)
     ignored = label != label
     if ignore_index is not None:
         ignored = label == ignore_index
@@ -204,6 +197,16 @@ def spread_mass(t, cols, inside, weight_ptr, label_smoothing, TOTAL_CLASSES: tl.
     if weight_ptr is not None:
         q = q * load_columns(weight_ptr, cols, inside, "").to(DTYPE)
     return q if inside is None else tl.where(inside, q, 0.0)
+
+
+@triton.jit
+def mixed(place, n):
+    """Which of n rows is taken at this place, so that rows of three parts are under way together.
+
+    Where a run of rows is ignored, whose gradient is written and nothing read, others are read meanwhile.
+    """
+    part = n // 3
+    return tl.where(place < part * 3, place % 3 * part + place // 3, place)
 
 
 @triton.jit

@@ -19,12 +19,13 @@ import triton.language as tl
 from ce_kernels.elements import (
     aligned,
     leave_cluster,
-    logit_at,
     mask_of,
+    mixed,
     overlap,
     row_offset,
     row_target,
     scalar,
+    transform,
     uniform_mass,
 )
 from ce_kernels.passes import (
@@ -36,6 +37,7 @@ from ce_kernels.passes import (
     store_block,
     store_gradient_block,
     store_ignored_row,
+    store_label_gradient,
     store_statistics,
     upstream,
 )
@@ -257,7 +259,10 @@ def cross_entropy_fused_kernel(
     FULL: tl.constexpr = N_CLASSES // BLOCK * BLOCK
     STOP: tl.constexpr = N_CLASSES + (GROUP - 1 if SHIFTED else 0)
     overlap(OVERLAPPED)
-    row = (tl.program_id(0) // PROGRAMS).to(tl.int64)
+    row = tl.program_id(0) // PROGRAMS
+    if PROGRAMS > 1 and not SOFT_TARGETS:
+        row = mixed(row, tl.num_programs(0) // PROGRAMS)
+    row = row.to(tl.int64)
     alpha = scalar(label_smoothing, DTYPE, SCALARS_IN_MEMORY)
     z_weight = scalar(z_loss, DTYPE, SCALARS_IN_MEMORY)
     scale = scalar(logit_scale, DTYPE, SCALARS_IN_MEMORY)
@@ -273,22 +278,23 @@ def cross_entropy_fused_kernel(
         row, logits_ptr + offset, None, target_ptr, weight_ptr, vocab_start_ptr, ignore_index, alpha, scale,
         cap, 0, N_CLASSES, None, N_CLASSES, TOTAL_CLASSES, SOFT_TARGETS, DTYPE,
     )  # fmt: skip
+    label_column = None
     if PROGRAMS == 1:
         writes = None
+        label_column = column
         begin, first, full, stop, end = 0, FIRST, FULL, STOP, shift + N_CLASSES
     else:
         program = tl.program_id(0) % PROGRAMS
         begin = program * SLICE
         end = tl.minimum(begin + SLICE, shift + N_CLASSES)
         stop = end
-        first = begin
-        if SHIFTED and SLICE >= BLOCK:
-            first = tl.where(program == 0, BLOCK, begin)
-        full = tl.maximum(first, begin + (tl.minimum(begin + SLICE, N_CLASSES) - begin) // BLOCK * BLOCK)
+        first = tl.where(program == 0, BLOCK, begin) if SHIFTED else begin
+        full = tl.maximum(first, tl.minimum(begin + SLICE, FULL))
         # Loss and lse: who has the label, as in place no other may read its x; the first where nobody has it. It reads
         # later: at the start of so short a part, the wait counts.
-        label_x = tl.cast(0.0, DTYPE)
-        writes = tl.where(column < 0, program == 0, (column + shift >= begin) & (column + shift < end))
+        label_r, label_x = tl.cast(0.0, DTYPE), tl.cast(0.0, DTYPE)
+        here = mask_of((column >= 0) & (column + shift >= begin) & (column + shift < end))
+        writes = here | ((column < 0) & (program == 0))
     if dlogits_ptr is None:
         dlogits_row_ptr = logits_row_ptr
     else:
@@ -306,8 +312,8 @@ def cross_entropy_fused_kernel(
         if PROGRAMS > 1:
             publish(m_row, d_row, qx_row, q_row, uniform, exchange_ptr, row, program, SPREAD, PROGRAMS)
             # Before `collect`, whose barrier keeps warps that are ahead from overwriting it in place.
-            here = writes & (column >= 0)
-            label_x = logit_at(logits_ptr + offset + tl.where(here, column, 0), here, scale, cap, DTYPE)
+            label_r = tl.load(logits_ptr + offset + tl.where(here, column, 0), mask=here, other=0.0).to(DTYPE)
+            label_x = transform(label_r, scale, cap)[0]
             m_row, d_row, qx_row, q_row = collect(qx_row, q_row, uniform, exchange_ptr, row, SPREAD, PROGRAMS)
         lse, s = store_statistics(
             m_row, d_row, qx_row, q_row, row, writes, mass, label_x, ignored, invalid, uniform, z_weight, loss_ptr,
@@ -322,24 +328,32 @@ def cross_entropy_fused_kernel(
     if active:
         for edge in tl.range(full, stop, BLOCK):
             store_gradient_block(
-                edge, logits_row_ptr, target_row_ptr, weight_ptr, shift, end, active, column, mass, a, dloss, lse,
-                alpha, scale, cap, dlogits_row_ptr, None, True, TOTAL_CLASSES, SOFT_TARGETS, WIDE_STORES, BLOCK, GROUP,
-                SHIFTED, WIDE_TARGETS, DTYPE,
+                edge, logits_row_ptr, target_row_ptr, weight_ptr, shift, end, active, label_column, mass, a, dloss,
+                lse, alpha, scale, cap, dlogits_row_ptr, None, True, TOTAL_CLASSES, SOFT_TARGETS, WIDE_STORES, BLOCK,
+                GROUP, SHIFTED, WIDE_TARGETS, DTYPE,
             )  # fmt: skip
         for step in tl.range(first, full, BLOCK, loop_unroll_factor=UNROLL):
             block = first + full - BLOCK - step if BACKWARDS else step
             store_gradient_block(
-                block, logits_row_ptr, target_row_ptr, weight_ptr, shift, end, active, column, mass, a, dloss, lse,
-                alpha, scale, cap, dlogits_row_ptr, None, False, TOTAL_CLASSES, SOFT_TARGETS, WIDE_STORES, BLOCK,
+                block, logits_row_ptr, target_row_ptr, weight_ptr, shift, end, active, label_column, mass, a, dloss,
+                lse, alpha, scale, cap, dlogits_row_ptr, None, False, TOTAL_CLASSES, SOFT_TARGETS, WIDE_STORES, BLOCK,
                 GROUP, SHIFTED, WIDE_TARGETS, DTYPE,
             )  # fmt: skip
         if SHIFTED:  # noqa: SIM102 (known when compiling, then not)
             if begin < first:
                 store_gradient_block(
-                    begin, logits_row_ptr, target_row_ptr, weight_ptr, shift, end, active, column, mass, a, dloss, lse,
-                    alpha, scale, cap, dlogits_row_ptr, None, True, TOTAL_CLASSES, SOFT_TARGETS, WIDE_STORES, BLOCK,
-                    GROUP, SHIFTED, WIDE_TARGETS, DTYPE,
+                    begin, logits_row_ptr, target_row_ptr, weight_ptr, shift, end, active, label_column, mass, a,
+                    dloss, lse, alpha, scale, cap, dlogits_row_ptr, None, True, TOTAL_CLASSES, SOFT_TARGETS,
+                    WIDE_STORES, BLOCK, GROUP, SHIFTED, WIDE_TARGETS, DTYPE,
                 )  # fmt: skip
+        if PROGRAMS > 1 and not SOFT_TARGETS:
+            # Over what its block has: to ask every element is two instructions each.
+            tl.debug_barrier()
+            place = column + shift if WIDE_STORES else column
+            store_label_gradient(
+                label_r, column, here, weight_ptr, mass, a, dloss, lse, alpha, scale, cap, dlogits_row_ptr + place,
+                TOTAL_CLASSES, DTYPE,
+            )  # fmt: skip
     else:
         zeros = tl.zeros([BLOCK], dlogits_row_ptr.dtype.element_ty)
         for step in tl.range(begin, stop, BLOCK):

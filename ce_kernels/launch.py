@@ -12,6 +12,7 @@ from functools import lru_cache
 from ce_kernels import tuning
 from ce_kernels.tuning import Config
 
+SHARED_BY = 64
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
@@ -120,8 +121,8 @@ def has_clusters(capability: int, *, spread: bool) -> bool:
 def can_share_rows(capability: int, multiprocessors: int) -> bool:
     """Whether programs may share a row, on a GPU of compute capability 80, 90, … with so many multiprocessors.
 
-    They wait for one another, so those of a row must all find room at the same time: up to 64, and some are taken by
-    other launches.
+    They wait for one another, so those of a row, up to SHARED_BY, must all find room at the same time, also where other
+    launches take some.
     """
     return capability >= 80 and multiprocessors >= 100
 
@@ -241,12 +242,9 @@ def _exchange(problem: Problem, config: Config) -> tuple[Output, ...]:
 
 def _parts(problem: Problem, config: Config) -> tuple[int, int]:
     """How many programs share a row, and how many positions of it each has, but the last, which may have fewer."""
-    # Parts begin where lines of 128 bytes do, as rows mostly do.
-    unit = config.block if config.whole_blocks else 128 // problem.itemsize
-    positions = _positions(problem)
-    part = -(-positions // config.programs)
-    part = -(-part // unit) * unit
-    return -(-positions // part), part
+    blocks = -(-_positions(problem) // config.block)
+    steps = max(config.steps or blocks, -(-blocks // SHARED_BY))
+    return -(-blocks // steps), steps * config.block
 
 
 def _positions(problem: Problem) -> int:

@@ -453,7 +453,8 @@ def gradient(
     A masked class has none.
 
     label_mass, a, dloss and lse are a row's, or columns of many rows'. label_place: the label's column, counted from
-    the first; by groups as in `accumulate`, since a comparison of whole columns takes one instruction more.
+    the first; by groups as in `accumulate`, since a comparison of whole columns takes one instruction more. None where
+    it is not among them, or is written by `store_label_gradient`.
     """
     x, slope = transform(r, logit_scale, softcap)
     # p in one multiply-add before the exponential; a takes what the product with lse is rounded by. Where that would
@@ -464,7 +465,7 @@ def gradient(
     lse_high = lse * factor
     lse_low = tl.where(far, 0.0, tl.fma(lse, factor, -lse_high))
     dx = a * power(-lse_low) * power(tl.fma(x, factor, -lse_high))
-    if t is None:
+    if t is None and label_place is not None:
         label_place = label_place - tl.arange(0, GROUPS) * STEP
         is_label = tl.reshape(label_place[:, None] == tl.arange(0, GROUP)[None, :], r.shape)
         dx = tl.where(is_label, dx - dloss * label_mass, dx)
@@ -546,9 +547,10 @@ def store_gradient_block(
         t = load_targets(
             target_row_ptr, start, shift, end, active, EDGE, "evict_first", BLOCK, GROUP, SHIFTED, WIDE_TARGETS, DTYPE
         )
+    label_place = None if label_column is None else label_column + shift - start
     dx = gradient(
-        r, t, cols, inside & active if EDGE else None, label_column + shift - start, weight_ptr, label_mass, a, dloss,
-        lse, label_smoothing, logit_scale, softcap, TOTAL_CLASSES, BLOCK // GROUP, GROUP, GROUP, DTYPE,
+        r, t, cols, inside & active if EDGE else None, label_place, weight_ptr, label_mass, a, dloss, lse,
+        label_smoothing, logit_scale, softcap, TOTAL_CLASSES, BLOCK // GROUP, GROUP, GROUP, DTYPE,
     )  # fmt: skip
     dlogits = dx.to(dlogits_row_ptr.dtype.element_ty)
     store_block(dlogits_row_ptr, dlogits, start, shift, end, EDGE, WIDE_STORES, BLOCK, GROUP, SHIFTED)
@@ -556,3 +558,28 @@ def store_gradient_block(
         store_target_gradient(
             r, cols, inside, dtarget_row_ptr, weight_ptr, dloss, lse, label_smoothing, logit_scale, softcap, DTYPE
         )
+
+
+@triton.jit
+def store_label_gradient(
+    r,
+    column,
+    here,
+    weight_ptr,
+    label_mass,
+    a,
+    dloss,
+    lse,
+    label_smoothing,
+    logit_scale,
+    softcap,
+    ptr,
+    TOTAL_CLASSES: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Writes dlogits of a hard label's column, whose raw logit is r, where it is here."""
+    dx = gradient(
+        tl.full([1], r, DTYPE), None, tl.full([1], column, tl.int32), here, 0, weight_ptr, label_mass, a, dloss, lse,
+        label_smoothing, logit_scale, softcap, TOTAL_CLASSES, 1, 1, 1, DTYPE,
+    )  # fmt: skip
+    tl.store(ptr + tl.arange(0, 1), dx.to(ptr.dtype.element_ty), mask=here)

@@ -15,8 +15,7 @@ class Config:
 
     unroll: steps in flight together. backwards: the fused kernel's second pass meets first what the first pass read
     last. max_registers: a thread's, so that more programs share a multiprocessor.
-    programs: how many share a row at the most, each with a part of it. whole_blocks: of which all but the last are of
-    whole steps.
+    steps: after so many, another program goes on with the row; None: each has a row to itself.
     rows: how many rows a program of `ce_kernels.tiles` takes side by side; 0: the row kernels. row_a_thread: each of
     its threads reads whole rows for their statistics.
     """
@@ -28,8 +27,7 @@ class Config:
     unroll: int = 1
     backwards: bool = False
     max_registers: int | None = None
-    programs: int = 1
-    whole_blocks: bool = False
+    steps: int | None = None
     rows: int = 0
     row_a_thread: bool = False
 
@@ -207,55 +205,71 @@ FUSED_CLUSTERS_SOFT_SHIFTED = (
     (4 * 106496, Config(16384, 4, 8, unroll=4, backwards=True, max_registers=64)),  # 2048×98305: 2.19
     (None, Config(16384, 8, 8, unroll=2, backwards=True, max_registers=64)),  # 4096×128257: 2.18; 151937: 2.22
 )
-# Many rows that programs share: each keeps its part in L1 for the second read, which leaves L2 to the first.
+# Many rows that programs share: each keeps its part in L1 for the second read, which leaves L2 to the first. None: rows
+# so short are faster with a program each.
 SHARED = (
-    # 4096×65536: 1.03; 3000×81920: 1.07
-    (2 * 90112, Config(2048, 4, unroll=4, backwards=True, max_registers=48, programs=8)),
-    (2 * 110000, Config(2048, 4, unroll=2, backwards=True, max_registers=48, programs=8)),  # 2600×100352: 1.13
-    # 2200×118784: 1.10; 4096×128256: 1.08
-    (2 * 139264, Config(2048, 4, unroll=3, backwards=True, max_registers=48, programs=16)),
-    (2 * 176128, Config(2048, 4, unroll=4, backwards=True, max_registers=48, programs=16)),  # 4096×151936: 1.09
-    (2 * 219000, Config(2048, 4, unroll=2, backwards=True, max_registers=48, programs=16)),  # 2048×202048: 1.17
-    (2 * 349525, Config(2048, 4, unroll=4, backwards=True, max_registers=48, programs=32)),  # 2048×262144: 1.08
-    (2 * 600000, Config(2048, 8, unroll=2, backwards=True, max_registers=40, programs=32)),  # 1024×524288: 1.15
-    (None, Config(4096, 8, unroll=2, backwards=True, max_registers=40, programs=64)),  # 512×1048576: 1.19
+    (2 * 38912, None),
+    (2 * 45056, Config(2048, 4, unroll=3, backwards=True, max_registers=40, steps=3)),  # 6144×40960: 1.05
+    (2 * 53248, Config(2048, 4, unroll=2, backwards=True, max_registers=40, steps=4)),  # 8192×50304: 1.04
+    # 4096×57344: 1.06; 4096×65536: 1.03
+    (2 * 90112, Config(2048, 4, unroll=3, backwards=True, max_registers=40, steps=3)),
+    (2 * 106496, Config(2048, 4, unroll=2, backwards=True, max_registers=40, steps=4)),  # 2600×100352: 1.06
+    (2 * 139264, Config(2048, 4, unroll=2, backwards=True, max_registers=48, steps=4)),  # 4096×128256: 1.04
+    # 3400×151936: 1.03; 2048×202048: 1.06; 2048×262144: 1.04
+    (2 * 393216, Config(4096, 8, unroll=2, backwards=True, max_registers=40, steps=4)),
+    # 1024×524288: 1.04; 512×1048576: 1.08
+    (None, Config(8192, 16, unroll=2, backwards=True, max_registers=40, steps=4)),
 )
 SHARED_IN_PLACE = (
-    (2 * 110000, SHARED[1][1]),  # 4096×65536: 1.08
-    (2 * 176128, Config(2048, 4, unroll=2, backwards=True, max_registers=40, programs=16)),  # 4096×128256: 1.06
-    SHARED[4],
-    (2 * 349525, Config(2048, 4, unroll=2, backwards=True, max_registers=48, programs=32)),  # 2048×262144: 1.11
-    *SHARED[6:],
+    *SHARED[:2],  # 6144×40960: 1.07
+    (2 * 53248, Config(2048, 4, unroll=4, backwards=True, max_registers=40, steps=4)),  # 8192×50304: 1.04
+    (2 * 61440, SHARED[3][1]),  # 4096×57344: 1.07
+    # 4096×65536: 1.06; 2600×100352: 1.07; 4096×128256: 1.05
+    (2 * 139264, Config(2048, 4, unroll=4, backwards=True, max_registers=40, steps=4)),
+    # 3400×151936: 1.05; 2048×202048: 1.07; 2048×262144: 1.07
+    (2 * 393216, Config(4096, 8, unroll=4, backwards=True, max_registers=40, steps=4)),
+    SHARED[-1],
 )
 SHARED_SMOOTHED = (
-    *SHARED[:3],  # 4096×65536: 1.06; 2600×100352: 1.16; 4096×128256: 1.17
-    SHARED[4],  # 2048×202048: 1.20
-    (2 * 349525, Config(2048, 8, unroll=4, backwards=True, max_registers=48, programs=16)),  # 2048×262144: 1.12
-    *SHARED[6:],
+    (2 * 22528, None),
+    (2 * 28672, Config(2048, 4, unroll=4, backwards=True, max_registers=48, steps=4)),  # 10240×24576: 1.06
+    # 8192×32000: 1.07; 7168×36864: 1.05
+    (2 * 38912, Config(2048, 4, unroll=2, backwards=True, max_registers=40, steps=4)),
+    # 6144×40960: 1.07; 8192×50304: 1.08; 4096×57344: 1.07; 4096×65536: 1.06
+    (2 * 90112, Config(2048, 4, unroll=4, backwards=True, max_registers=48, steps=4)),
+    # 2600×100352: 1.09; 4096×128256: 1.07
+    (2 * 139264, Config(2048, 4, unroll=2, backwards=True, max_registers=40, steps=4)),
+    (2 * 229376, Config(4096, 8, unroll=2, backwards=True, max_registers=40, steps=4)),  # 2048×202048: 1.11
+    # 2048×262144: 1.06; 1024×524288: 1.11
+    (2 * 786432, Config(4096, 8, unroll=4, backwards=True, max_registers=48, steps=4)),
+    (None, Config(8192, 16, unroll=4, backwards=True, max_registers=48, steps=4)),  # 512×1048576: 1.27
 )
+# Smoothed, too.
 SHARED_SHIFTED = (
-    (2 * 106496, Config(2048, 4, unroll=3, backwards=True, max_registers=56, programs=8)),  # 3072×80001: 1.21
-    (2 * 139264, Config(2048, 8, unroll=2, backwards=True, max_registers=48, programs=8)),  # 2092×128257: 1.24
-    (2 * 200000, Config(2048, 4, unroll=3, backwards=True, max_registers=56, programs=16)),  # 1766×151937: 1.24
-    (None, Config(2048, 8, unroll=2, backwards=True, max_registers=48, programs=16)),  # 1023×262145: 1.28
+    (2 * 28672, None),
+    # 8192×31001: 1.14, 1.16; 8192×40001: 1.11; 8192×50257: 1.14, 1.14; 4096×62001: 1.13; 2092×128257: 1.12, 1.13;
+    # smoothed, 8192×31001: 1.22; 8192×50257: 1.21; 4096×62001: 1.18; 2092×128257: 1.18
+    (2 * 139264, Config(2048, 4, unroll=2, backwards=True, max_registers=48, steps=4)),
+    # 1023×262145: 1.15, 1.15; 1023×524289: 1.16; 511×1048577: 1.19; smoothed, 1023×262145: 1.25
+    (None, Config(4096, 8, unroll=2, backwards=True, max_registers=48, steps=4)),
 )
-# 2092×128257: 1.37
-SHARED_SHIFTED_SMOOTHED = ((None, Config(1024, 4, unroll=3, backwards=True, max_registers=56, programs=16)),)
 SHARED_SOFT = (
-    FUSED_SOFT[-2],
-    (4 * 57344, Config(1024, 4, unroll=2, backwards=True, max_registers=48, programs=8)),  # 8192×50304: 1.67
-    (4 * 81920, Config(2048, 4, unroll=2, backwards=True, max_registers=72, programs=8)),  # 4096×65536: 1.58
-    (4 * 114688, Config(2048, 4, unroll=3, backwards=True, max_registers=64, programs=16)),  # 2600×100352: 1.68
-    (4 * 139264, Config(2048, 4, unroll=2, backwards=True, max_registers=64, programs=16)),  # 4096×128256: 1.64
-    (4 * 176128, Config(2048, 4, unroll=2, backwards=True, max_registers=72, programs=16)),  # 4096×151936: 1.72
-    (4 * 219000, Config(2048, 8, unroll=2, backwards=True, max_registers=48, programs=16)),  # 2048×202048: 1.74
-    (None, Config(2048, 8, unroll=2, backwards=True, max_registers=48, programs=32)),  # 2048×262144: 1.70
+    (4 * 36864, None),
+    (4 * 45056, Config(2048, 4, unroll=3, backwards=True, max_registers=64, steps=3)),  # 6144×40960: 1.57
+    # 8192×50304: 1.56; 4096×65536: 1.54
+    (4 * 90112, Config(2048, 4, unroll=4, backwards=True, max_registers=72, steps=4)),
+    (4 * 106496, Config(4096, 8, unroll=4, backwards=True, max_registers=64, steps=4)),  # 2600×100352: 1.62
+    (4 * 139264, Config(4096, 8, unroll=4, backwards=True, max_registers=56, steps=4)),  # 4096×128256: 1.63
+    # 3400×151936: 1.60; 2048×202048: 1.62; 2048×262144: 1.64
+    (4 * 393216, Config(4096, 8, unroll=4, backwards=True, max_registers=64, steps=4)),
+    (4 * 786432, Config(4096, 8, unroll=4, backwards=True, max_registers=72, steps=4)),  # 1024×524288: 1.66
+    (None, Config(8192, 16, unroll=4, backwards=True, max_registers=64, steps=4)),  # 512×1048576: 1.97
 )
 SHARED_SOFT_SHIFTED = (
-    (4 * 43008, FUSED_SOFT_SHIFTED[-2][1]),
-    (4 * 90112, Config(1024, 4, unroll=2, backwards=True, max_registers=64, programs=8)),  # 8192×50257: 1.87
-    (4 * 180224, Config(1024, 4, unroll=3, backwards=True, max_registers=64, programs=16)),  # 2092×128257: 1.81
-    (None, Config(1024, 4, unroll=2, backwards=True, max_registers=72, programs=32)),  # 1023×262145: 1.96
+    (4 * 28672, None),
+    # 8192×31001: 1.77; 8192×50257: 1.72; 4096×62001: 1.74; 2092×128257: 1.76
+    (4 * 139264, Config(2048, 4, unroll=2, backwards=True, max_registers=64, steps=4)),
+    (None, Config(4096, 8, unroll=4, backwards=True, max_registers=64, steps=4)),  # 1023×262145: 1.82
 )
 STATS = (
     (2 * 1024, Config(1024, 1)),  # 65536×1000: 0.92
@@ -330,9 +344,9 @@ APART = {
 }
 # Where those of neighbouring rows are not read together: up to so many classes.
 NARROW = (512, Config(32, 4, rows=128))  # 4·769²×19: 1.88; statistics 0.91
-# Rows beyond which clusters are worth their barriers, and from which sharing is worth the exchange, in bytes. So few
-# rows leave multiprocessors idle, and are done before zeros for an exchange would be written.
-LONG_ROW, SHARED_ROW, FEW_ROWS = 2 * 65536, 2 * 65536, 132
+# Bytes of a row beyond which clusters are worth their barriers. So few rows leave multiprocessors idle, and are done
+# before zeros for an exchange would be written.
+LONG_ROW, FEW_ROWS = 2 * 65536, 132
 
 
 def power_of_two(n: int) -> int:
@@ -346,21 +360,20 @@ def choose(kernel: str, problem: Problem, *, in_place: bool = False) -> Config:
     if problem.class_stride != 1 or row_bytes <= TILED[kernel]:
         return _tile(kernel, problem)
     long = problem.clusters and row_bytes > LONG_ROW
+    config = None
     if kernel == "fused":
         # A soft cap of hard labels takes longer than the memory, which neither clusters nor sharing relieves.
-        if problem.softcap and not problem.soft_targets:
-            table = _of_one(problem, in_place)
-        elif problem.shared_rows and problem.itemsize < 8 and row_bytes >= SHARED_ROW and problem.n_rows > FEW_ROWS:
-            table = _of_many(problem, in_place)
-        else:
-            table = _of_a_cluster(problem, in_place) if long else _of_one(problem, in_place)
+        bound_by_memory = problem.soft_targets or not problem.softcap
+        table = _of_a_cluster(problem, in_place) if long and bound_by_memory else _of_one(problem, in_place)
+        if bound_by_memory and problem.shared_rows and problem.itemsize < 8 and problem.n_rows > FEW_ROWS:
+            config = _pick(_of_many(problem, in_place), row_bytes)
     elif kernel == "stats":
         table = STATS_SHIFTED if problem.shifted else STATS
         if long and problem.n_rows <= FEW_ROWS:
             table = STATS_FEW_ROWS
     else:
         table = GRAD_SHIFTED if problem.shifted else GRAD
-    config = _pick(table, row_bytes)
+    config = config or _pick(table, row_bytes)
     # The same bytes a step for wider elements; no more than the row; 16 bytes a thread at the least.
     block = min(config.block * 2 // problem.itemsize, max(128, power_of_two(problem.n_classes)))
     warps = max(1, min(config.num_warps, block * problem.itemsize // (32 * 16 * config.num_ctas)))
@@ -369,10 +382,10 @@ def choose(kernel: str, problem: Problem, *, in_place: bool = False) -> Config:
     return replace(config, block=block, num_warps=warps, max_registers=max_registers)
 
 
-type Table = tuple[tuple[int | None, Config], ...]
+type Table[Row] = tuple[tuple[int | None, Row], ...]
 
 
-def _of_one(problem: Problem, in_place: bool) -> Table:
+def _of_one(problem: Problem, in_place: bool) -> Table[Config]:
     """For rows of one program each."""
     if problem.soft_targets:
         return FUSED_SOFT_SHIFTED if problem.shifted else FUSED_SOFT
@@ -383,7 +396,7 @@ def _of_one(problem: Problem, in_place: bool) -> Table:
     return FUSED_IN_PLACE if in_place else FUSED
 
 
-def _of_a_cluster(problem: Problem, in_place: bool) -> Table:
+def _of_a_cluster(problem: Problem, in_place: bool) -> Table[Config]:
     """For rows that are spread over multiprocessors."""
     if problem.soft_targets:
         return FUSED_CLUSTERS_SOFT_SHIFTED if problem.shifted else FUSED_CLUSTERS_SOFT
@@ -394,14 +407,14 @@ def _of_a_cluster(problem: Problem, in_place: bool) -> Table:
     return FUSED_CLUSTERS_IN_PLACE if in_place else FUSED_CLUSTERS
 
 
-def _of_many(problem: Problem, in_place: bool) -> Table:
-    """For rows that programs share."""
+def _of_many(problem: Problem, in_place: bool) -> Table[Config | None]:
+    """For rows that programs share, where they are long enough."""
     if problem.soft_targets:
         return SHARED_SOFT_SHIFTED if problem.shifted else SHARED_SOFT
-    if problem.label_smoothing:
-        return SHARED_SHIFTED_SMOOTHED if problem.shifted else SHARED_SMOOTHED
     if problem.shifted:
         return SHARED_SHIFTED
+    if problem.label_smoothing:
+        return SHARED_SMOOTHED
     return SHARED_IN_PLACE if in_place else SHARED
 
 
@@ -429,7 +442,7 @@ def _is_wide(problem: Problem) -> bool:
     return problem.aligned and problem.logits_stride == 1 and all(stride % 16 == 0 for stride in strides)
 
 
-def _pick(table: Table, size: int) -> Config:
+def _pick[Row](table: Table[Row], size: int) -> Row:
     return next(config for largest, config in table if largest is None or size <= largest)
 
 

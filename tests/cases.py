@@ -101,6 +101,7 @@ LONG_CASES = [
     Case("long_confident", 3, 2100, sigma=1.0, logits="confident"),
     Case("long_masked_low", 3, 1000, logits="masked_low"),
     Case("long_ignored", 4, 2100, labels="ignored"),
+    Case("long_many", 17, 1300, "bfloat16"),
     Case("long_fp64", 3, 2100, "float64", options={"label_smoothing": 0.1}),
 ]
 

@@ -5,7 +5,6 @@ JAX's CPU counts as eight devices, for tests of sharding, with or without a GPU 
 
 import contextlib
 import os
-from dataclasses import replace
 
 import torch
 
@@ -105,12 +104,9 @@ def clusters(monkeypatch):
         yield
 
 
-@pytest.fixture(params=[4])
+@pytest.fixture(params=[2])
 def shared_rows(monkeypatch, request):
-    """Both front ends' launches let programs share a row in steps of 512 bytes: four of them, or as many as asked for.
-
-    Those asked for have whole steps.
-    """
+    """Both front ends' launches let programs share a row, of two steps of 512 bytes each, or as many as asked."""
     import jax_api.launch
     from ce_kernels import tuning
     from jax_api import sharding
@@ -120,11 +116,10 @@ def shared_rows(monkeypatch, request):
         monkeypatch.setattr(torch_launch, "can_share_rows", lambda capability, multiprocessors: True)
         monkeypatch.setattr(jax_api.launch, "shared_rows", lambda: True)
     monkeypatch.setattr(tuning, "TILED", dict.fromkeys(tuning.TILED, 0))
-    monkeypatch.setattr(tuning, "SHARED_ROW", 0)
     monkeypatch.setattr(tuning, "FEW_ROWS", 0)
     for table in [name for name, value in vars(tuning).items() if name.startswith("SHARED") and value]:
-        config = tuning.Config(256, 1, unroll=2, backwards=True, programs=request.param)
-        monkeypatch.setattr(tuning, table, ((None, replace(config, whole_blocks=request.param != 4)),))
+        config = tuning.Config(256, 1, unroll=2, backwards=True, steps=request.param)
+        monkeypatch.setattr(tuning, table, ((None, config),))
     sharding._operation.cache_clear()
     with planned_anew():
         yield

@@ -158,10 +158,10 @@ def test_rows_that_programs_share(shared_rows, case, frontend):
 
 
 @each_torch_kernel
-@pytest.mark.parametrize("shared_rows", [3, 5], indirect=True)
+@pytest.mark.parametrize("shared_rows", [5], indirect=True)
 @pytest.mark.parametrize("name", ["long_masked_low", "long_shifted", "long_weight_smoothing", "long_soft_shifted"])
 def test_any_number_of_programs_shares_a_row(shared_rows, name, frontend):
-    """No power of two of them, with whole steps each, and fewer than asked for where those are enough."""
+    """A power of two of them or not, of which the last may have less than a step."""
     (case,) = (case for case in LONG_CASES if case.name == name)
     check_case(frontend, case, "mean", with_dtarget=False)
 

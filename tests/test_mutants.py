@@ -101,11 +101,17 @@ SHARED_MUTANTS = {
     "a_masked_part_has_a_maximum": ('~pair(tl.where(d == 0, float("-inf"), m), d)', "~pair(m, d)"),
     "sums_of_x_and_of_q_confused": ("qx, q_sum = unpaired(q)", "q_sum, qx = unpaired(q)"),
     "spread_of_a_part_lost": ("~pair(qx, q_sum if", "~pair(0.0 * qx, q_sum if"),
-    "labels_of_the_first_part_alone": ("here = writes & (column >= 0)", "here = writes & (program == 0)"),
+    "labels_of_the_first_part_alone": ("here = mask_of((column >= 0)", "here = mask_of((program == 0)"),
     "parts_overlap": ("end = tl.minimum(begin + SLICE,", "end = tl.minimum(begin + SLICE + GROUP,"),
     "parts_have_gaps": ("end = tl.minimum(begin + SLICE,", "end = tl.minimum(begin + SLICE - GROUP,"),
-    "start_of_a_row_unmasked": ("first = tl.where(program == 0, BLOCK, begin)", "first = begin"),
-    "loss_by_nobody": ("writes = tl.where(column < 0, program == 0,", "writes = tl.where(column < 0, program < 0,"),
+    "start_of_a_row_unmasked": (
+        "first = tl.where(program == 0, BLOCK, begin)",
+        "first = tl.where(program < 0, BLOCK, begin)",
+    ),
+    "label_of_a_part_not_subtracted": ("element_ty), mask=here)", "element_ty), mask=False)"),
+    "gradient_at_the_label_of_raw_zero": ("tl.full([1], r, DTYPE)", "tl.full([1], 0.0, DTYPE)"),
+    "rows_of_a_part_left_out": ("place % 3 * part", "place % 2 * part"),
+    "loss_by_nobody": ("(column < 0) & (program == 0)", "(column < 0) & (program < 0)"),
 }
 
 TILE_MUTANTS = {
