@@ -15,3 +15,9 @@ ORDER = (
     "Optax, bf16",
     "logsumexp",
 )
+# What only moves the bytes of an option's training step; a copy moves those of the others.
+BYTES = {
+    "soft targets": "read two, write one",
+    "every other row ignored": "read every other row, write all",
+    "every other 256 rows ignored": "read every other 256 rows, write all",
+}

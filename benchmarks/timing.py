@@ -73,6 +73,18 @@ def read(logits: torch.Tensor) -> None:
     read_kernel[(len(out),)](words, out, n, EVEN=n % block == 0, BLOCK=block, num_warps=16)  # pyright: ignore
 
 
+def copy_kept(rows: torch.Tensor, kept: torch.Tensor, out: torch.Tensor) -> None:
+    """out: the rows that are kept, and zeros, for which nothing is read: the floor of a step that ignores rows."""
+    from benchmarks.ceiling import copy_kept_kernel
+
+    block = 1024
+    words, into = (x.detach().view(torch.int32) for x in (rows, out))
+    n_rows, n_words = words.shape
+    programs = -(-n_words // block)
+    grid = (n_rows * programs,)
+    copy_kept_kernel[grid](words, kept, into, n_words, programs, block, num_warps=4)  # pyright: ignore
+
+
 def forward(loss, logits, labels, **options):
     """The loss without a gradient."""
     with torch.no_grad():
@@ -84,7 +96,7 @@ def cuda_ms(function: Callable[[], object], repeats: int = 15) -> float:
     return interleaved({"": lambda _: function()}, repeats)[""]["ms"]
 
 
-def jax_ms(function: Callable[[object], object], inputs: list) -> Timing:
+def jax_ms[T](function: Callable[[T], object], inputs: list[T]) -> Timing:
     """Device milliseconds of function over inputs (which it may consume), by JAX's profiler; the first warms up."""
     import jax
 
