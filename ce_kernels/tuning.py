@@ -37,9 +37,9 @@ class Config:
 # Where two follow each other, the second is in place: the gradient over the logits.
 LONGEST = (None, Config(16384, 32, unroll=3, backwards=True, max_registers=32))  # 4096×128256 with a soft cap: 1.88
 SHORT = (
-    (2 * 1024, Config(1024, 1)),  # 65536×1000: 1.08, 1.11
-    (2 * 1280, Config(512, 1, unroll=2, backwards=True, max_registers=40)),  # 223232×1200: 1.11, 1.15
-    (2 * 1792, Config(512, 1, unroll=3, backwards=True)),  # 174080×1536: 1.02, 1.06
+    (2 * 1024, Config(1024, 1)),  # 65536×1000: 1.08, 1.10
+    (2 * 1280, Config(512, 1, unroll=2, backwards=True, max_registers=40)),  # 223232×1200: 1.11, 1.19
+    (2 * 1792, Config(512, 1, unroll=3, backwards=True)),  # 174080×1536: 1.02, 1.03
 )
 FUSED = (
     *SHORT,
@@ -63,23 +63,13 @@ FUSED = (
     LONGEST,
 )
 FUSED_IN_PLACE = (
-    *SHORT,
-    (2 * 3328, Config(1024, 2, unroll=2)),  # 65536×2048: 1.10; 104448×2560: 1.05; 87040×3072: 1.04
-    (2 * 5632, Config(1024, 2, unroll=4)),  # 74752×3584: 1.04; 32768×4096: 1.06; 52224×5120: 1.07
-    (2 * 7680, Config(2048, 4, unroll=2, backwards=True)),  # 43008×6144: 1.04; 36864×7168: 1.04
-    (2 * 9216, Config(2048, 4, unroll=2)),  # 16384×8192: 1.06
-    # 21504×12288: 1.07; 18432×14336: 1.06; 14336×18432: 1.07
-    (2 * 19456, Config(2048, 8, unroll=2, backwards=True, max_registers=40)),
-    (2 * 21504, Config(4096, 16, unroll=2)),  # 12288×20480: 1.06
-    (2 * 23552, Config(4096, 16, unroll=3, backwards=True, max_registers=32)),  # 11264×22528: 1.09
-    # 10240×24576: 1.08; 9216×28672: 1.07; 8192×32000: 1.05
-    (2 * 34816, Config(8192, 16, unroll=3, backwards=True, max_registers=40)),
-    (2 * 38912, Config(8192, 16, unroll=4, backwards=True, max_registers=40)),  # 7168×36864: 1.07
-    (2 * 47104, Config(8192, 16, unroll=5, backwards=True, max_registers=40)),  # 5120×45056: 1.09
-    (2 * 58368, Config(16384, 32, max_registers=32)),  # 8192×50304: 1.07; 4096×53248: 1.08; 4096×57344: 1.08
-    (2 * 63488, Config(8192, 32, unroll=5, backwards=True, max_registers=32)),  # 4096×61440: 1.14
-    (2 * 65536, Config(16384, 32, max_registers=32)),  # 4096×65536: 1.08
-    LONGEST,
+    *FUSED[:5],  # 65536×2048: 1.08; 104448×2560: 1.05; 87040×3072: 1.04; 74752×3584: 1.06
+    (2 * 4608, Config(1024, 2, unroll=4)),  # 32768×4096: 1.07
+    FUSED[5],  # 52224×5120: 1.05
+    (2 * 9216, FUSED[6][1]),  # 43008×6144: 1.04; 36864×7168: 1.05; 16384×8192: 1.07
+    # 25600×10240: 1.06; 21504×12288: 1.05; 16384×16384: 1.05; 14336×18432: 1.10; 12288×20480: 1.07; 10240×24576: 1.08;
+    # 8192×32000: 1.05; 7168×36864: 1.04
+    *FUSED[7:],
 )
 # Rows that start between 16-byte boundaries take registers of their own.
 FUSED_SHIFTED = (
@@ -209,38 +199,28 @@ FUSED_CLUSTERS_SOFT_SHIFTED = (
 # so short are faster with a program each.
 SHARED = (
     (2 * 38912, None),
-    (2 * 45056, Config(2048, 4, unroll=3, backwards=True, max_registers=40, steps=3)),  # 6144×40960: 1.05
-    (2 * 53248, Config(2048, 4, unroll=2, backwards=True, max_registers=40, steps=4)),  # 8192×50304: 1.04
-    # 4096×57344: 1.06; 4096×65536: 1.03
+    (2 * 45056, Config(2048, 4, unroll=3, backwards=True, max_registers=40, steps=3)),  # 6144×40960: 1.05, 1.07
+    (2 * 53248, Config(2048, 4, unroll=2, backwards=True, max_registers=40, steps=4)),  # 8192×50304: 1.04, 1.03
+    # 4096×57344: 1.06, 1.07; 4096×65536: 1.03, 1.05
     (2 * 90112, Config(2048, 4, unroll=3, backwards=True, max_registers=40, steps=3)),
-    (2 * 106496, Config(2048, 4, unroll=2, backwards=True, max_registers=40, steps=4)),  # 2600×100352: 1.06
-    (2 * 139264, Config(2048, 4, unroll=2, backwards=True, max_registers=48, steps=4)),  # 4096×128256: 1.04
-    # 3400×151936: 1.03; 2048×202048: 1.06; 2048×262144: 1.04
+    (2 * 106496, Config(2048, 4, unroll=2, backwards=True, max_registers=40, steps=4)),  # 2600×100352: 1.06, 1.04
+    (2 * 139264, Config(2048, 4, unroll=2, backwards=True, max_registers=48, steps=4)),  # 4096×128256: 1.04, 1.02
+    # 3400×151936: 1.03, 1.03; 2048×202048: 1.06, 1.05; 2048×262144: 1.04, 1.03
     (2 * 393216, Config(4096, 8, unroll=2, backwards=True, max_registers=40, steps=4)),
-    # 1024×524288: 1.04; 512×1048576: 1.08
+    # 1024×524288: 1.04, 1.03; 512×1048576: 1.08, 1.07
     (None, Config(8192, 16, unroll=2, backwards=True, max_registers=40, steps=4)),
-)
-SHARED_IN_PLACE = (
-    *SHARED[:2],  # 6144×40960: 1.07
-    (2 * 53248, Config(2048, 4, unroll=4, backwards=True, max_registers=40, steps=4)),  # 8192×50304: 1.04
-    (2 * 61440, SHARED[3][1]),  # 4096×57344: 1.07
-    # 4096×65536: 1.06; 2600×100352: 1.07; 4096×128256: 1.05
-    (2 * 139264, Config(2048, 4, unroll=4, backwards=True, max_registers=40, steps=4)),
-    # 3400×151936: 1.05; 2048×202048: 1.07; 2048×262144: 1.07
-    (2 * 393216, Config(4096, 8, unroll=4, backwards=True, max_registers=40, steps=4)),
-    SHARED[-1],
 )
 SHARED_SMOOTHED = (
     (2 * 22528, None),
-    (2 * 28672, Config(2048, 4, unroll=4, backwards=True, max_registers=48, steps=4)),  # 10240×24576: 1.06
-    # 8192×32000: 1.07; 7168×36864: 1.05
+    (2 * 28672, Config(2048, 4, unroll=4, backwards=True, max_registers=48, steps=4)),  # 10240×24576: 1.06, 1.07
+    # 8192×32000: 1.07, 1.05; 7168×36864: 1.05
     (2 * 38912, Config(2048, 4, unroll=2, backwards=True, max_registers=40, steps=4)),
-    # 6144×40960: 1.07; 8192×50304: 1.08; 4096×57344: 1.07; 4096×65536: 1.06
+    # 6144×40960: 1.07; 8192×50304: 1.08, 1.08; 4096×57344: 1.07; 4096×65536: 1.06
     (2 * 90112, Config(2048, 4, unroll=4, backwards=True, max_registers=48, steps=4)),
-    # 2600×100352: 1.09; 4096×128256: 1.07
+    # 2600×100352: 1.09; 4096×128256: 1.07, 1.03
     (2 * 139264, Config(2048, 4, unroll=2, backwards=True, max_registers=40, steps=4)),
     (2 * 229376, Config(4096, 8, unroll=2, backwards=True, max_registers=40, steps=4)),  # 2048×202048: 1.11
-    # 2048×262144: 1.06; 1024×524288: 1.11
+    # 2048×262144: 1.06, 1.04; 1024×524288: 1.11
     (2 * 786432, Config(4096, 8, unroll=4, backwards=True, max_registers=48, steps=4)),
     (None, Config(8192, 16, unroll=4, backwards=True, max_registers=48, steps=4)),  # 512×1048576: 1.27
 )
@@ -256,10 +236,10 @@ SHARED_SHIFTED = (
 SHARED_SOFT = (
     (4 * 36864, None),
     (4 * 45056, Config(2048, 4, unroll=3, backwards=True, max_registers=64, steps=3)),  # 6144×40960: 1.57
-    # 8192×50304: 1.56; 4096×65536: 1.54
+    # 8192×50304: 1.56, 1.56; 4096×65536: 1.54
     (4 * 90112, Config(2048, 4, unroll=4, backwards=True, max_registers=72, steps=4)),
     (4 * 106496, Config(4096, 8, unroll=4, backwards=True, max_registers=64, steps=4)),  # 2600×100352: 1.62
-    (4 * 139264, Config(4096, 8, unroll=4, backwards=True, max_registers=56, steps=4)),  # 4096×128256: 1.63
+    (4 * 139264, Config(4096, 8, unroll=4, backwards=True, max_registers=56, steps=4)),  # 4096×128256: 1.63, 1.60
     # 3400×151936: 1.60; 2048×202048: 1.62; 2048×262144: 1.64
     (4 * 393216, Config(4096, 8, unroll=4, backwards=True, max_registers=64, steps=4)),
     (4 * 786432, Config(4096, 8, unroll=4, backwards=True, max_registers=72, steps=4)),  # 1024×524288: 1.66
@@ -366,7 +346,7 @@ def choose(kernel: str, problem: Problem, *, in_place: bool = False) -> Config:
         bound_by_memory = problem.soft_targets or not problem.softcap
         table = _of_a_cluster(problem, in_place) if long and bound_by_memory else _of_one(problem, in_place)
         if bound_by_memory and problem.shared_rows and problem.itemsize < 8 and problem.n_rows > FEW_ROWS:
-            config = _pick(_of_many(problem, in_place), row_bytes)
+            config = _pick(_of_many(problem), row_bytes)
     elif kernel == "stats":
         table = STATS_SHIFTED if problem.shifted else STATS
         if long and problem.n_rows <= FEW_ROWS:
@@ -407,15 +387,13 @@ def _of_a_cluster(problem: Problem, in_place: bool) -> Table[Config]:
     return FUSED_CLUSTERS_IN_PLACE if in_place else FUSED_CLUSTERS
 
 
-def _of_many(problem: Problem, in_place: bool) -> Table[Config | None]:
+def _of_many(problem: Problem) -> Table[Config | None]:
     """For rows that programs share, where they are long enough."""
     if problem.soft_targets:
         return SHARED_SOFT_SHIFTED if problem.shifted else SHARED_SOFT
     if problem.shifted:
         return SHARED_SHIFTED
-    if problem.label_smoothing:
-        return SHARED_SMOOTHED
-    return SHARED_IN_PLACE if in_place else SHARED
+    return SHARED_SMOOTHED if problem.label_smoothing else SHARED
 
 
 def _tile(kernel: str, problem: Problem) -> Config:

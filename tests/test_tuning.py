@@ -36,7 +36,7 @@ def chosen(n_classes, in_place=False, **facts):
         (LONG, {"clusters": True, "softcap": True}, "FUSED"),
         (LONG, {"clusters": False}, "FUSED"),
         (LONG, {"n_rows": 133, "shared_rows": True}, "SHARED"),
-        (LONG, {"n_rows": 133, "shared_rows": True, "in_place": True}, "SHARED_IN_PLACE"),
+        (LONG, {"n_rows": 133, "shared_rows": True, "in_place": True}, "SHARED"),
         (LONG, {"n_rows": 133, "shared_rows": True, "softcap": True}, "FUSED"),
         (LONG, {"n_rows": 133, "shared_rows": True, "label_smoothing": True}, "SHARED_SMOOTHED"),
         (LONG, {"n_rows": 133, "shared_rows": True, "soft_targets": True}, "SHARED_SOFT"),
