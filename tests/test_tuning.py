@@ -58,6 +58,22 @@ def test_a_configuration_is_of_the_table_for_what_the_launch_does(n_classes, fac
     assert chosen(n_classes, **facts).unroll == marked.unroll
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("n_classes", [40961, 49152, 49153, 128256, 262145, 2**20, 3 * 2**21 + 1])
+def test_parts_of_whole_steps_cover_a_row(n_classes, dtype):
+    """By as many programs as there are parts, up to as many as find room together."""
+    problem = Problem(1000, n_classes, dtype, False, n_classes, 1, n_classes, shared_rows=True)
+    plan = launch.plan_fused(problem, denominator_stride=0, in_place=False)
+    constants = dict(plan.constants)
+    programs, part = constants["PROGRAMS"], constants["SLICE"]
+    positions = n_classes + (problem.group - 1 if problem.shifted else 0)
+    assert 2 <= programs <= launch.SHARED_BY
+    assert part % plan.config.block == 0
+    assert (programs - 1) * part < positions <= programs * part
+    assert plan.grid == (1000 * programs,)
+    assert plan.outputs[-1] == launch.Output("exchange_ptr", (1000, programs, 2), "int32", zeroed=True)
+
+
 @pytest.mark.parametrize("frontend", [one for one in FRONTENDS if "reference" not in one.id])
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"softcap": 5.0}], ids=str)
 def test_front_ends_say_which_options_are_on(frontend, options, monkeypatch):
