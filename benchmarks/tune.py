@@ -70,7 +70,7 @@ def candidates(kernel: str, n_classes: int, itemsize: int) -> list[Config]:
         block = num_ctas * num_warps * 32 * vectors * 16 // itemsize
         if 128 <= block <= min(longest, 131072) and block * 256 >= n_classes:
             found.append(Config(block, num_warps, num_ctas, backwards=backwards))
-    if kernel == "fused" and n_classes * itemsize >= 2**16:
+    if kernel == "fused" and n_classes * itemsize >= 2**15:
         found += shared(n_classes, itemsize)
     return found
 
@@ -78,7 +78,7 @@ def candidates(kernel: str, n_classes: int, itemsize: int) -> list[Config]:
 def shared(n_classes: int, itemsize: int) -> list[Config]:
     """Configurations of programs that share a row, of which each has a few steps."""
     found = []
-    for steps, num_warps, vectors in itertools.product((2, 3, 4, 5, 6, 8), (2, 4, 8), (1, 2)):
+    for steps, num_warps, vectors in itertools.product((2, 3, 4, 5, 6, 8), (2, 4, 8, 16), (1, 2)):
         block = num_warps * 32 * vectors * 16 // itemsize
         if 2 <= -(-n_classes // (steps * block)) <= SHARED_BY:
             found.append(Config(block, num_warps, backwards=True, steps=steps))
@@ -89,7 +89,7 @@ def refinements(config: Config) -> list[Config]:
     """A row kernel's configuration with more steps in flight together and fewer registers a thread."""
     if config.rows:
         return []
-    variants = itertools.product((1, 2, 3, 4, 5, 6), (None, 32, 40, 48, 56, 64))
+    variants = itertools.product((1, 2, 3, 4, 5, 6), (None, 32, 40, 48, 56, 64, 72))
     return [replace(config, unroll=unroll, max_registers=registers) for unroll, registers in variants][1:]
 
 

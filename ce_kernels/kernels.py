@@ -253,8 +253,10 @@ def cross_entropy_fused_kernel(
     """
     DTYPE: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
     SPREAD: tl.constexpr = SOFT_TARGETS or label_smoothing is not None
-    # In place, lines that rows share, or that clusters read from L2, would stay when the gradient has overwritten them.
-    EVICTION: tl.constexpr = "" if dlogits_ptr is None and (SHIFTED or CLUSTER) else "evict_last"
+    # In place, lines that rows share, and those read again from L2 (of clusters, and of more than L1 holds), would stay
+    # when the gradient has overwritten them.
+    KEPT: tl.constexpr = SLICE * (logits_ptr.dtype.element_ty.primitive_bitwidth // 8) <= 2 * 40960
+    EVICTION: tl.constexpr = "" if dlogits_ptr is None and (SHIFTED or CLUSTER or not KEPT) else "evict_last"
     FIRST: tl.constexpr = BLOCK if SHIFTED and N_CLASSES >= BLOCK else 0
     FULL: tl.constexpr = N_CLASSES // BLOCK * BLOCK
     STOP: tl.constexpr = N_CLASSES + (GROUP - 1 if SHIFTED else 0)

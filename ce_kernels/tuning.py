@@ -69,7 +69,12 @@ FUSED_IN_PLACE = (
     (2 * 9216, FUSED[6][1]),  # 43008×6144: 1.04; 36864×7168: 1.05; 16384×8192: 1.07
     # 25600×10240: 1.06; 21504×12288: 1.05; 16384×16384: 1.05; 14336×18432: 1.10; 12288×20480: 1.07; 10240×24576: 1.08;
     # 8192×32000: 1.05; 7168×36864: 1.04
-    *FUSED[7:],
+    *FUSED[7:13],
+    (2 * 47104, Config(8192, 16, unroll=5, backwards=True, max_registers=40)),  # 5120×45056: 1.09
+    (2 * 58368, Config(16384, 32, max_registers=32)),  # 8192×50304: 1.07; 4096×53248: 1.08; 4096×57344: 1.08
+    (2 * 63488, Config(8192, 32, unroll=5, backwards=True, max_registers=32)),  # 4096×61440: 1.14
+    (2 * 65536, Config(16384, 32, max_registers=32)),  # 4096×65536: 1.08
+    LONGEST,
 )
 # Rows that start between 16-byte boundaries take registers of their own.
 FUSED_SHIFTED = (

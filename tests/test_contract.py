@@ -3,7 +3,9 @@
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 
+import torch_api
 from tests import oracle
 from tests.cases import (
     CASES,
@@ -18,7 +20,7 @@ from tests.cases import (
     oracle_options,
 )
 from tests.conftest import HAS_GPU
-from tests.frontends import each_frontend, each_kernel, each_torch_kernel
+from tests.frontends import Jax, each_frontend, each_kernel, each_torch_kernel
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -158,12 +160,36 @@ def test_rows_that_programs_share(shared_rows, case, frontend):
 
 
 @each_torch_kernel
-@pytest.mark.parametrize("shared_rows", [5], indirect=True)
+@pytest.mark.parametrize("shared_rows", [3], indirect=True)
 @pytest.mark.parametrize("name", ["long_masked_low", "long_shifted", "long_weight_smoothing", "long_soft_shifted"])
 def test_any_number_of_programs_shares_a_row(shared_rows, name, frontend):
-    """A power of two of them or not, of which the last may have less than a step."""
+    """Three or six of them."""
     (case,) = (case for case in LONG_CASES if case.name == name)
     check_case(frontend, case, "mean", with_dtarget=False)
+
+
+def test_invalid_labels_of_rows_that_programs_share(shared_rows):
+    """NaN in their own rows: in JAX, as PyTorch raises on CPUs."""
+    case = Case("long_invalid", 6, 1023, "bfloat16", labels="invalid")
+    check_case(Jax("triton", "cuda" if HAS_GPU else "cpu"), case, "mean")
+
+
+def check_rows_of_a_wider_buffer():
+    """Rows that start between 16-byte boundaries of logits, and otherwise in their gradient: in PyTorch."""
+    rng = np.random.default_rng(0)
+    buffer = torch.tensor(rng.normal(size=(9, 1029)), dtype=torch.bfloat16, device="cuda" if HAS_GPU else "cpu")
+    labels = torch.tensor(rng.integers(0, 1023, 9), device=buffer.device)
+
+    def step(implementation):
+        logits = buffer.detach()[:, :1023].requires_grad_()
+        loss = torch_api.cross_entropy(logits, labels, implementation=implementation)
+        return loss, torch.autograd.grad(loss, logits)[0]
+
+    torch.testing.assert_close(step("triton"), step("reference"), rtol=2.0**-7, atol=1e-6)
+
+
+def test_programs_share_rows_of_a_wider_buffer(shared_rows):
+    check_rows_of_a_wider_buffer()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])

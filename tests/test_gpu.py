@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 
 import jax_api
-from torch_api import cross_entropy, cross_entropy_rows
+from ce_kernels import Options
+from torch_api import cross_entropy, cross_entropy_rows, launch
+from torch_api.rows import Inputs, RowSpec
 
 pytestmark = pytest.mark.gpu
 
@@ -102,15 +104,21 @@ def test_programs_that_share_rows_find_room_beside_those_of_other_streams():
         assert all(torch.equal(a, loss) and torch.equal(da, grad) for a, da in found)
 
 
-@pytest.mark.parametrize("n_classes", [65536, 128256])
-def test_a_gradient_in_place_leaves_the_label_to_the_loss(n_classes):
-    """No warp of the program that has the label may overwrite it before the others have read it."""
-    logits, labels = problem(2048, n_classes)
-    expected = cross_entropy(logits.clone().requires_grad_(), labels)
-    for _ in range(20):
-        own = logits.clone().requires_grad_() * 1
-        loss = cross_entropy(own, labels, donate_logits=True)
-        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0.0)
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("n_classes", [50257, 65536, 128256, 262144])
+def test_rows_that_programs_share(n_classes, smoothing, donate):
+    """The label's logit is read before a warp overwrites it in place, and its gradient written behind its block's."""
+    logits, labels = problem(512, n_classes)
+    spec, plain = (RowSpec(Options(label_smoothing=smoothing), kind) for kind in ("triton", "reference"))
+    denominator = torch.tensor(400.0, device="cuda")
+    expected, gradient = launch.fused(Inputs(logits, labels, None), denominator, plain)
+    for _ in range(10):
+        own = logits.clone()
+        stats, dlogits = launch.fused(Inputs(own, labels, None), denominator, spec, donate=donate)
+        assert (dlogits is own) is donate
+        torch.testing.assert_close(stats.loss, expected.loss, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(dlogits, gradient, rtol=2.0**-7, atol=1e-9)
 
 
 def test_a_graph_of_programs_that_share_rows_is_replayed_with_other_logits():

@@ -148,6 +148,23 @@ def test_a_training_step_is_the_only_pass_over_donated_logits(batch, reduction):
     assert passes_over(evaluation.as_text(), N * V) == ["custom-call"]
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_rows_that_programs_share(smoothing):
+    x = (jax.random.normal(jax.random.key(0), (N, 50304)) * 3).astype(jnp.bfloat16)
+    y = jax.random.randint(jax.random.key(1), (N,), 0, 50304)
+
+    def step(implementation):
+        return jax.value_and_grad(
+            lambda x, y: cross_entropy(x, y, label_smoothing=smoothing, implementation=implementation)
+        )
+
+    compiled = jax.jit(step(None)).lower(x, y).compile()
+    assert kernels(compiled) == 1
+    expected = jax.jit(step("reference"))(x, y)
+    for _ in range(5):
+        close(compiled(x, y), expected)
+
+
 def test_a_flax_train_step_needs_one_array_of_the_logits_size():
     n_rows, n_classes, width = 4096, 128256, 1024
     found = temporary_bytes(n_rows, n_classes, width)

@@ -103,7 +103,9 @@ def fused(inputs: Inputs, denominator: Tensor, spec: RowSpec, *, donate: bool = 
         outputs = (*outputs, words)
         if words is not None and os.environ.get("TRITON_INTERPRET") == "1":
             # Its programs run one after the other: the first time they only leave what they have to say.
-            _run(call, readable._replace(logits=logits.clone()), (denominator,), outputs)
+            storage = logits.untyped_storage().clone()
+            copy = logits.new_empty(0).set_(storage, logits.storage_offset(), logits.shape, logits.stride())
+            _run(call, readable._replace(logits=copy), (denominator,), outputs)
     _run(call, readable, (denominator,), outputs)
     return Stats(loss, lse, target_sum), logits if dlogits is None else dlogits
 
