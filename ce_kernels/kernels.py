@@ -28,19 +28,9 @@ from ce_kernels.elements import (
     transform,
     uniform_mass,
 )
-from ce_kernels.passes import (
-    collect,
-    first_of_best,
-    merge_groups,
-    publish,
-    row_statistics,
-    store_block,
-    store_gradient_block,
-    store_ignored_row,
-    store_label_gradient,
-    store_statistics,
-    upstream,
-)
+from ce_kernels.gradients import store_block, store_gradient_block, store_label_gradient, upstream
+from ce_kernels.merging import collect, merge_groups, publish
+from ce_kernels.statistics import first_of_best, row_statistics, store_ignored_row, store_statistics
 from ce_kernels.tiles import cross_entropy_tile_fused_kernel as cross_entropy_tile_fused_kernel
 from ce_kernels.tiles import cross_entropy_tile_grad_kernel as cross_entropy_tile_grad_kernel
 from ce_kernels.tiles import cross_entropy_tile_stats_kernel as cross_entropy_tile_stats_kernel

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 
 from ce_kernels.elements import load_columns, overlap, row_target, scalar, uniform_mass
-from ce_kernels.passes import accumulate, gradient, store_statistics, store_target_gradient, upstream
+from ce_kernels.gradients import gradient, store_target_gradient, upstream
+from ce_kernels.statistics import accumulate, store_statistics
 
 
 @triton.jit

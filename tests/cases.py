@@ -104,7 +104,6 @@ LONG_CASES = [
     Case("long_many", 17, 1300, "bfloat16"),
     Case("long_shifted_edge", 9, 1023, "bfloat16"),
     Case("long_scale", 6, 1300, "bfloat16", options={"z_loss": 1e-2, "logit_scale": -0.5}),
-    Case("long_weight", 4, 1300, weighted=True),
     Case("long_fp64", 3, 2100, "float64", options={"label_smoothing": 0.1}),
 ]
 

@@ -10,7 +10,7 @@ import torch
 from triton.runtime.errors import InterpreterError
 
 import ce_kernels
-from ce_kernels import Options, elements, kernels, passes, tiles
+from ce_kernels import Options, elements, gradients, kernels, merging, statistics, tiles
 from jax_api import sharding
 from tests.cases import CASES, LONG_CASES
 from tests.conftest import HAS_GPU
@@ -195,9 +195,14 @@ def load_kernels(old: str, new: str, tmp_path, monkeypatch):
     def edit(source):
         found.append(old in source)
         # Each copy imports the copies before it.
-        return re.sub(r"from ce_kernels\.(elements|passes|tiles)", r"from mutant_\1", source.replace(old, new))
+        return re.sub(
+            r"from ce_kernels\.(elements|statistics|merging|gradients|tiles)",
+            r"from mutant_\1",
+            source.replace(old, new),
+        )
 
-    *_, mutant = (load_copy(module, edit, tmp_path, monkeypatch) for module in (elements, passes, tiles, kernels))
+    modules = (elements, statistics, merging, gradients, tiles, kernels)
+    *_, mutant = (load_copy(module, edit, tmp_path, monkeypatch) for module in modules)
     assert any(found), f"the mutant's text is no longer in the kernels: {old}"
     return mutant
 
@@ -238,7 +243,7 @@ def test_mutant_of_shared_rows_is_killed(shared_rows, name, tmp_path, monkeypatc
     # In JAX, a gradient of class weights is no reason for two launches.
     by_name = {case.name: case for case in LONG_CASES}
     killers = [(Torch("triton", DEVICE), case) for case in LONG_CASES]
-    killers.append((Jax("triton", DEVICE), by_name["long_weight"]))
+    killers.append((Jax("triton", DEVICE), by_name["long_weight_smoothing"]))
     found = (survives(frontend, case, ["mean"], with_dtarget=False) for frontend, case in killers)
     assert not (all(found) and wider_rows_survive()), f"{name} survives"
 
