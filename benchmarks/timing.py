@@ -97,7 +97,10 @@ def cuda_ms(function: Callable[[], object], repeats: int = 15) -> float:
 
 
 def jax_ms[T](function: Callable[[T], object], inputs: list[T]) -> Timing:
-    """Device milliseconds of function over inputs (which it may consume), by JAX's profiler; the first warms up."""
+    """Device milliseconds of function over inputs (which it may consume), by JAX's profiler; the first warms up.
+
+    PyTorch's kernels are seen, too: only kernels count, not the gaps between their launches.
+    """
     import jax
 
     jax.block_until_ready(function(inputs.pop()))
@@ -108,6 +111,7 @@ def jax_ms[T](function: Callable[[T], object], inputs: list[T]) -> Timing:
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):
                 jax.block_until_ready(function(value))
+                torch.cuda.synchronize()
             file = next(Path(folder).rglob("*.xplane.pb"))
             profile = jax.profiler.ProfileData.from_file(str(file))
         nanoseconds = sum(

@@ -12,6 +12,7 @@ from functools import lru_cache
 from ce_kernels import tuning
 from ce_kernels.tuning import Config
 
+# Programs of a row, at the most.
 SHARED_BY = 64
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 

@@ -159,7 +159,7 @@ def test_rows_that_programs_share(shared_rows, case, frontend):
     check_case(frontend, case, "mean", with_dtarget=False)
 
 
-@each_torch_kernel
+@each_kernel
 @pytest.mark.parametrize("shared_rows", [3], indirect=True)
 @pytest.mark.parametrize("name", ["long_masked_low", "long_shifted", "long_weight_smoothing", "long_soft_shifted"])
 def test_any_number_of_programs_shares_a_row(shared_rows, name, frontend):

@@ -150,7 +150,7 @@ RULE_MUTANTS = {
 }
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
-BY_NAME = {case.name: case for case in CASES}
+BY_NAME = {case.name: case for case in CASES + LONG_CASES}
 # Each kills at least one mutant. Labels out of range are NaN on every device only in JAX.
 KILLERS = [
     (Torch("triton", DEVICE), BY_NAME[name])
@@ -213,14 +213,17 @@ def use(copy, monkeypatch):
     monkeypatch.setattr(launch, "kernel", lambda name: getattr(copy, name))
 
 
-def survives(frontend, case, reductions=("none", "mean"), **more) -> bool:
+def holds(check, *arguments, **more) -> bool:
     try:
-        for reduction in reductions:
-            check_case(frontend, case, reduction, **more)
+        check(*arguments, **more)
     except (AssertionError, InterpreterError):
         # The interpreter raises where a number is none.
         return False
     return True
+
+
+def survives(frontend, case, reductions=("none", "mean"), **more) -> bool:
+    return all(holds(check_case, frontend, case, reduction, **more) for reduction in reductions)
 
 
 @pytest.mark.parametrize("name", KERNEL_MUTANTS)
@@ -240,20 +243,11 @@ def test_mutant_on_clusters_is_killed(clusters, name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", SHARED_MUTANTS)
 def test_mutant_of_shared_rows_is_killed(shared_rows, name, tmp_path, monkeypatch):
     use(load_kernels(*SHARED_MUTANTS[name], tmp_path, monkeypatch), monkeypatch)
-    # In JAX, a gradient of class weights is no reason for two launches.
-    by_name = {case.name: case for case in LONG_CASES}
     killers = [(Torch("triton", DEVICE), case) for case in LONG_CASES]
-    killers.append((Jax("triton", DEVICE), by_name["long_weight_smoothing"]))
-    found = (survives(frontend, case, ["mean"], with_dtarget=False) for frontend, case in killers)
-    assert not (all(found) and wider_rows_survive()), f"{name} survives"
-
-
-def wider_rows_survive() -> bool:
-    try:
-        check_rows_of_a_wider_buffer()
-    except (AssertionError, InterpreterError):
-        return False
-    return True
+    # In JAX, a gradient of class weights is no reason for two launches.
+    killers.append((Jax("triton", DEVICE), BY_NAME["long_weight_smoothing"]))
+    found = all(survives(frontend, case, ["mean"], with_dtarget=False) for frontend, case in killers)
+    assert not (found and holds(check_rows_of_a_wider_buffer)), f"{name} survives"
 
 
 def tiles_survive() -> bool:

@@ -120,7 +120,8 @@ for target in TARGETS[1:3]:
         assert launch.config.num_ctas > 1
         compile_launch(launch, problem, options, False, {"denominator_ptr": "*fp32"}, target)
         count += 1
-# What programs that share rows say of them: plain, with the sum of x, with soft targets, between 16-byte boundaries.
+# What programs that share rows say of them: with the sum of x, plain between 16-byte boundaries, with soft targets; as
+# many of them as a power of two, and not.
 for target in TARGETS[:3]:
     for n, options, soft in (
         (128256, Options(label_smoothing=0.1), False),
